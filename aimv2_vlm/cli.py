@@ -1,0 +1,130 @@
+"""The command line. Every import that costs time happens inside the verb that needs it, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from aimv2_vlm.config import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aimv2-vlm", description="From image-text shards to a chat assistant built on an AIMv2 encoder.",
+        epilog="Recipes are YAML files; any key can be given on the command line, e.g. optim.lr=1e-4.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="the whole chain on embedded data, then report.html")
+    demo.add_argument("--out", default="runs/demo", help="where everything goes (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+
+    doctor = verbs.add_parser("doctor", help="versions, devices, what will and will not work here")
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+
+    data = verbs.add_parser("data", help="check or pack data before a run")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="validate and count shards (.tar) or conversations (.json, .jsonl)")
+    check.add_argument("paths", nargs="+", help="shards (globs and {00000..00010} allowed) or conversation files")
+    check.add_argument("--images", default="", help="image folder of conversation files")
+    check.add_argument("--max-bad-fraction", type=float, default=0.01)
+    pack = actions.add_parser("pack", help="a folder of pictures + captions -> image-text shards")
+    pack.add_argument("folder", help="folder the picture paths are relative to")
+    pack.add_argument("out", help="folder for the shards")
+    pack.add_argument("--captions", default=None, help="JSONL/CSV with image and caption(s); default: <picture>.txt beside it")
+    pack.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="keep only rows with this value")
+    pack.add_argument("--samples-per-shard", type=int, default=1000)
+    pack.add_argument("--max-bad-fraction", type=float, default=0.01)
+
+    for verb, text, argument in (("pretrain", "pre-train or continue an encoder", "RECIPE"),
+                                 ("sft", "tune an assistant on conversations", "RECIPE"),
+                                 ("eval", "run benchmarks and write the report", "CONFIG")):
+        sub = verbs.add_parser(verb, help=text)
+        sub.add_argument("recipe", metavar=argument, help="a YAML file, or the name of one that ships with the package")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the file")
+        sub.add_argument("--restart", action="store_true", help="delete what this run directory holds and begin anew")
+
+    recipes = verbs.add_parser("recipes", help="list or copy the recipes that ship with the package")
+    recipes.add_argument("action", choices=("list", "copy"))
+    recipes.add_argument("folder", nargs="?", default=".", help="where `copy` puts them")
+
+    chat = verbs.add_parser("chat", help="talk with an assistant in the terminal")
+    chat.add_argument("model", help="folder of an assistant, e.g. runs/demo/sft_2x2/final")
+    chat.add_argument("--image", default=None, help="picture for the conversation")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        return run(arguments)
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.verb == "doctor":
+        from aimv2_vlm.doctor import doctor
+
+        return doctor(as_json=arguments.json)
+    if arguments.verb == "recipes":
+        from aimv2_vlm.recipe import copy_recipes, list_recipes
+
+        return list_recipes() if arguments.action == "list" else copy_recipes(arguments.folder)
+    if arguments.verb == "data":
+        from aimv2_vlm.data import tools
+
+        return tools.pack(arguments) if arguments.action == "pack" else tools.check(arguments)
+    if arguments.verb in ("pretrain", "sft", "eval"):
+        return run_recipe(arguments)
+    if arguments.verb == "demo":
+        from aimv2_vlm.demo import demo
+
+        return stoppable(lambda: demo(arguments.out, arguments.seed))
+    from aimv2_vlm.serve.chat import chat
+
+    return chat(arguments.model, arguments.image, arguments.max_new_tokens)
+
+
+def run_recipe(arguments: argparse.Namespace) -> int:
+    from aimv2_vlm.recipe import load_recipe
+
+    recipe = load_recipe(arguments.verb, arguments.recipe, arguments.overrides)  # refuses wrong keys before torch loads
+    if arguments.verb == "eval":
+        from aimv2_vlm.evaluation.sweep import evaluate
+
+        return evaluate(recipe, restart=arguments.restart)
+    from aimv2_vlm.train import run as training
+
+    entry = training.pretrain if arguments.verb == "pretrain" else training.sft
+    return stoppable(lambda: entry(recipe, restart=arguments.restart))
+
+
+def stoppable(work) -> int:
+    from aimv2_vlm.train.loop import Stopped
+
+    try:
+        result = work()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

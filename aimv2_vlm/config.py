@@ -1,0 +1,260 @@
+"""Every knob of the project, declared once. Nothing heavy is imported here, so a wrong recipe fails before torch loads.
+
+A recipe is one of `PretrainRecipe`, `SftRecipe` and `EvalConfig`; its sections are the dataclasses below and are passed
+down as they are. Defaults are the paper's values (arXiv 2411.14402, Tables A1 and C1) unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line (file, key, reason, what to do), without a traceback."""
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
+STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero2", "zero3")
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def choices(default: str, *allowed: str) -> Any:
+    """A string field that accepts only `allowed`."""
+    return field(default=default, metadata={"choices": allowed})
+
+
+# ------------------------------------------------------------------------------------------------ shared by training runs
+
+
+@dataclass
+class Optimizer:
+    """AdamW with cosine decay; `weight_decay` means what the recipe's paper table means (see `decoupled`)."""
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 12_500
+    steps: int = 1_500_000
+    epochs: float | None = None  # instead of `steps`: passes over the data
+    batch_size: int = 8192  # samples of one optimizer step, over all processes
+    micro_batch_size: int = 64  # samples of one forward pass of one process; never changes the gradient
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decoupled: bool = True  # decay = weight_decay * lr_t / lr_peak (Table A1); false: torch's lr_t * weight_decay (C1)
+    clip: float = 1.0
+
+
+@dataclass
+class Loop:
+    """How the one training loop runs; nothing here changes what is computed."""
+
+    strategy: str = choices("auto", *STRATEGIES)
+    compile: bool = False
+    num_workers: int = 2  # processes that read and decode; any number gives the same samples
+    log_every: int = 10
+    validate_every: int = 1000
+    save_every: int = 1000
+    keep_last: int = 2
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    stop_after: int | None = None  # leave (with a checkpoint) after this many steps of the run; the schedule stays
+
+
+# ------------------------------------------------------------------------------------------------------------ pre-training
+
+
+@dataclass
+class PairSource:
+    """Image-text shards. `caption` is `txt`, `json:<field>`, or a mapping of columns to sampling weights."""
+
+    path: str | list[str] = ""
+    name: str = ""
+    weight: float = 1.0
+    caption: Any = "txt"
+
+
+@dataclass
+class PairData:
+    sources: list[PairSource] = field(default_factory=list)
+    validation: list[PairSource] = field(default_factory=list)
+    validation_samples: int = 512
+    max_bad_fraction: float = 0.01
+    window_shards: int = 16  # samples are shuffled inside a moving window of this many shards
+    changed: str = choices("refuse", "refuse", "restart", "append")
+    index_dir: str | None = None  # where shard indexes go when the shards' own folder cannot be written
+
+
+@dataclass
+class ImageInput:
+    """Training pictures: RandomResizedCrop and flip of Table A1. mean/std are part of the objective (pixel targets)."""
+
+    size: int = 224
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    scale: list[float] = field(default_factory=lambda: [0.4, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.33])
+    flip: float = 0.5
+    resize: str = choices("exact", "exact", "fast")
+
+
+@dataclass
+class Text:
+    """Captions. `tokenizer` is a sentencepiece .model file, or `train`: one is trained on the run's own captions."""
+
+    tokenizer: str = "train"
+    vocab_size: int = 32_000  # of a trained tokenizer
+    context_length: int = 77  # tokens, end token included
+    canonicalize: bool = True  # SigLIP's: lower case, no punctuation
+
+
+@dataclass
+class Encoder:
+    """The vision encoder: sizes (spec of AIMv2-L by default), or a checkpoint in any known layout to go on from."""
+
+    path: str | None = None
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_layers: int = 24
+    num_heads: int = 8
+    position_embedding: str = choices("learned", "learned", "sincos")
+    attention: str = choices("sdpa", "sdpa", "eager")
+
+
+@dataclass
+class Decoder:
+    """The multimodal decoder of pre-training, the same for all encoder sizes."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_layers: int = 12
+    num_heads: int = 8
+
+
+@dataclass
+class Objective:
+    name: str = choices("aimv2", "aimv2")
+    pixel_weight: float = 0.4  # alpha
+    shuffle_captions: bool = False  # control arm: every picture gets another picture's caption
+
+
+@dataclass
+class PretrainRecipe:
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    data: PairData = field(default_factory=PairData)
+    image: ImageInput = field(default_factory=ImageInput)
+    text: Text = field(default_factory=Text)
+    encoder: Encoder = field(default_factory=Encoder)
+    decoder: Decoder = field(default_factory=Decoder)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optimizer = field(default_factory=Optimizer)
+    train: Loop = field(default_factory=Loop)
+
+
+# ------------------------------------------------------------------------------------------------------ instruction tuning
+
+
+@dataclass
+class ConversationSource:
+    """LLaVA JSON or Cambrian JSONL; `take` is `all`, `first:N`, `random:N` or `N%`."""
+
+    path: str = ""
+    images: str = ""
+    take: str = "all"
+
+
+@dataclass
+class ConversationData:
+    sources: list[ConversationSource] = field(default_factory=list)
+    max_length: int = 2048  # tokens of one row; longer ones are cut at a turn boundary and counted
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class FrozenEncoder:
+    """The assistant's encoder. `cache` keeps features of pictures used more than once."""
+
+    path: str = ""
+    image_size: int | None = None  # null: the checkpoint's own
+    attention: str = choices("sdpa", "sdpa", "eager")
+    cache: str = choices("auto", "auto", "on", "off")
+    cache_limit_gb: float = 3.0  # `auto` does without a cache above this size
+    batch_size: int = 64  # views of one frozen forward pass
+
+
+@dataclass
+class LanguageModel:
+    """`path`: any causal language model. Without it a small Llama and a tokenizer are made from scratch."""
+
+    path: str | None = None
+    template: str = choices("llama3", "llama3", "vicuna", "plain", "own")
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_layers: int = 4
+    num_heads: int = 4
+    max_positions: int = 2048
+    attention: str = choices("sdpa", "sdpa", "eager")
+
+
+@dataclass
+class Tiling:
+    """`grid` 1x1 gives a Llava, RxC a LlavaNext with an overview picture and RxC tiles."""
+
+    grid: str = "1x1"
+    pad_square: bool = True
+    source_size: int | None = None  # control: pictures are first reduced to this many pixels (no new pixels in tiles)
+
+
+@dataclass
+class SftRecipe:
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
+    llm: LanguageModel = field(default_factory=LanguageModel)
+    tiling: Tiling = field(default_factory=Tiling)
+    data: ConversationData = field(default_factory=ConversationData)
+    trainable: list[str] = field(default_factory=lambda: ["connector", "llm"])
+    connector_lr_scale: float = 8.0
+    optim: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            lr=1e-5, min_lr=0.0, warmup_lr=0.0, warmup_steps=250, steps=5000, batch_size=128, micro_batch_size=8,
+            betas=[0.9, 0.999], weight_decay=0.01, decoupled=False,
+        )
+    )
+    train: Loop = field(default_factory=Loop)
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class EvalModel:
+    """One row of the report. `source_size` reduces pictures first: a checkpoint judged without the new pixels."""
+
+    path: str = ""
+    name: str = ""
+    source_size: int | None = None
+
+
+@dataclass
+class EvalConfig:
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    models: list[EvalModel] = field(default_factory=list)
+    benchmarks: list[str] = field(default_factory=list)
+    benchmark_root: str = ""  # folder of <benchmark>/data/test-*.parquet
+    convert: dict[str, str] = field(default_factory=dict)  # benchmark-set name -> val.jsonl, written below benchmark_root
+    controls: list[str] = field(default_factory=lambda: ["blind", "wrong_picture"])
+    train_conversations: list[str] = field(default_factory=list)  # what the most frequent answers are counted on
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 64

@@ -1,0 +1,249 @@
+"""Instruction batches: rows with their pictures as views or cached features, padded micro-batches whose cut changes nothing.
+
+Shapes: B rows, S tokens, K views of all pictures of a batch, N patches of a view, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.data.chat import IGNORED, ChatFormat, RowTooLong, TemplateError
+from aimv2_vlm.data.conversations import ConversationSet
+from aimv2_vlm.data.tiling import Tiling, picture_views
+from aimv2_vlm.data.transforms import BadImage, decode_image
+
+CACHE_VERSION = 1
+
+
+@dataclass
+class Row:
+    """One conversation ready for a batch. A bad row has weight 0, one pad token, no picture, and the reason in `bad`."""
+
+    input_ids: list[int]
+    labels: list[int]
+    pictures: list[torch.Tensor] = field(default_factory=list)  # (views, 3, tile, tile) pixels or (views, N, D) features each
+    image_sizes: list[list[int]] = field(default_factory=list)  # (height, width) as LlavaNext means them
+    weight: float = 1.0
+    num_turns_cut: int = 0
+    bad: str | None = None
+
+
+class InstructionDataset:
+    """Rows of conversations as ids, labels and pictures. `features`: a FeatureCache, or None to deliver pixels.
+
+    What only decoding shows (a broken picture, a row too long) keeps its position: `fetch` gives a row of weight 0 with the
+    reason. max_length: tokens of a row; longer ones lose turns at the end.
+    """
+
+    def __init__(self, conversations: ConversationSet, chat: ChatFormat, tiling: Tiling, image_processor,
+                 features: FeatureCache | None = None, max_length: int | None = None) -> None:
+        self.conversations, self.chat, self.tiling, self.image_processor = conversations, chat, tiling, image_processor
+        self.features, self.max_length = features, max_length
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def fetch(self, index: int) -> Row:
+        """The row at `index`. Never raises for what is wrong with the row itself."""
+        conversation = self.conversations[index]
+        try:
+            pictures = [self._picture(self.conversations.picture_path(index, name)) for name in conversation.images]
+            counts = [self.tiling.num_image_tokens(*size) for _, size, _ in pictures]
+            assembled = self.chat.assemble(conversation, counts, self.max_length)
+        except BadImage as error:
+            return self._bad(index, f"picture: {error}")
+        except RowTooLong as error:
+            return self._bad(index, f"too_long: {error}")
+        except TemplateError as error:
+            return self._bad(index, f"prefix_law: {error}")
+        kept = pictures[:assembled.num_images]
+        return Row(assembled.ids, assembled.labels, [views for views, _, _ in kept], [list(size) for _, _, size in kept],
+                   num_turns_cut=assembled.num_turns_cut)
+
+    def microbatches(self, indices: Sequence[int], rows_per_microbatch: int) -> list[dict[str, Any]]:
+        """Padded batches (`collate`) of these rows, rows of like length together; a pure function of the rows."""
+        rows = [self.fetch(index) for index in indices]
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
+        cuts = range(0, len(order), rows_per_microbatch)
+        return [self.collate([rows[i] for i in order[cut:cut + rows_per_microbatch]]) for cut in cuts]
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The arguments of `AssistantForTraining.forward`, padded on the right, and `bad`: the reasons of rows of weight 0."""
+        length = max(len(row.input_ids) for row in rows)
+        pad = self.chat.tokenizer.pad_token_id
+        pictures = [views for row in rows for views in row.pictures]
+        return {
+            "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row.input_ids) + [0] * (length - len(row.input_ids)) for row in rows]),
+            "labels": torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in rows]),
+            "weights": torch.tensor([row.weight for row in rows]),
+            "features" if self.features is not None else "pixel_values":
+                torch.cat(pictures) if pictures else self._no_pictures(),
+            "image_sizes": [size for row in rows for size in row.image_sizes],
+            "views_per_image": [len(views) for views in pictures],
+            "bad": [row.bad for row in rows if row.bad is not None],
+        }
+
+    def _picture(self, path: str) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+        """Views, the picture's own size and its processed one. Raises BadImage."""
+        if self.features is not None:
+            return self.features.get(path)
+        return read_views(path, self.tiling, self.image_processor)
+
+    def _no_pictures(self) -> torch.Tensor:
+        tile = self.tiling.tile_size
+        return torch.zeros(0, 3, tile, tile) if self.features is None else torch.zeros(0, *self.features.view_shape)
+
+    def _bad(self, index: int, reason: str) -> Row:
+        pad = self.chat.tokenizer.pad_token_id
+        return Row([pad], [IGNORED], weight=0.0, bad=f"{self.conversations.where(index)}: {reason}")
+
+
+def read_views(path: str, tiling: Tiling, image_processor) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    """Pixels (views, 3, tile, tile) of a picture file, its (height, width) and its processed one. Raises BadImage."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadImage(f"{path}: {error}") from None
+    try:
+        picture_CHW = decode_image(data)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
+    size = tuple(picture_CHW.shape[-2:])
+    if not tiling.shows_something(*size):
+        raise BadImage(f"{path}: {size[0]}x{size[1]} is so thin that no token of its tiles is kept; set tiling.pad_square")
+    views, processed = picture_views(picture_CHW, tiling, image_processor)
+    return views, size, processed
+
+
+class FeatureCache:
+    """Frozen encoder features of every distinct picture, computed once: `features.bin` (fp32, memory-mapped) and `cache.json`.
+
+    The order and the composition of the encoder's batches are fixed by the picture list, so the file does not depend on how
+    often its making was interrupted. It counts as there only once `cache.json` is; another encoder, tiling, processor or
+    picture list has another digest and is computed anew. Pictures that cannot be decoded are remembered with the reason.
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+        about = json.loads((self.directory / "cache.json").read_text())
+        self.digest: str = about["digest"]
+        self.view_shape = tuple(about["view_shape"])  # (N, D)
+        self._entries = {entry["path"]: entry for entry in about["pictures"]}
+        self._num_views = about["num_views"]
+        shape = (about["num_stored"], self._num_views, *self.view_shape)
+        self._features = np.memmap(self.directory / "features.bin", np.float32, "r", shape=shape) if shape[0] else None
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike, conversations: ConversationSet, tiling: Tiling, image_processor,
+             encode: Callable[[torch.Tensor], torch.Tensor], encoder_state: dict[str, torch.Tensor], batch_size: int = 64,
+             progress: Callable[[int, int], None] | None = None) -> FeatureCache:
+        """The cache in `directory`, made when it is not there or was made for something else.
+
+        encode: pixels (K, 3, tile, tile) -> features (K, N, D), e.g. `encode_views` of the model. encoder_state: its weights,
+        for the digest. batch_size: views of one encoder pass. progress: called with (pictures done, all).
+        """
+        directory = Path(directory)
+        paths = distinct_pictures(conversations)
+        digest = _digest(paths, tiling, image_processor, encoder_state)
+        try:
+            cache = cls(directory)
+            if cache.digest == digest:
+                return cache
+        except (OSError, ValueError, KeyError):
+            pass  # none yet, or one that was not finished
+        _build(directory, digest, paths, tiling, image_processor, encode, batch_size, progress)
+        return cls(directory)
+
+    @staticmethod
+    def num_bytes(conversations: ConversationSet, tiling: Tiling, hidden_size: int) -> int:
+        """Size of `features.bin` for these conversations, before it is made."""
+        return len(distinct_pictures(conversations)) * tiling.num_views * tiling.patches_per_view * hidden_size * 4
+
+    def get(self, path: str) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+        """Features (views, N, D), the picture's (height, width) and its processed one. Raises BadImage."""
+        entry = self._entries[path]
+        if entry["bad"] is not None:
+            raise BadImage(entry["bad"])
+        return torch.from_numpy(np.array(self._features[entry["place"]])), tuple(entry["size"]), tuple(entry["processed"])
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Pictures that could not be decoded, with the reason."""
+        return {path: entry["bad"] for path, entry in self._entries.items() if entry["bad"] is not None}
+
+    def __getstate__(self) -> dict:
+        return {"directory": self.directory}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["directory"])
+
+
+def distinct_pictures(conversations: ConversationSet) -> list[str]:
+    """Files of all pictures, each once, in the order of their first row."""
+    return list(dict.fromkeys(path for index in range(len(conversations)) for path in conversations.picture_paths(index)))
+
+
+def _digest(paths: list[str], tiling: Tiling, image_processor, encoder_state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(f"{CACHE_VERSION} {tiling!r} {image_processor.to_json_string()}".encode())
+    for name, tensor in sorted(encoder_state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            digest.update(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{path}\0missing\n".encode())
+    return digest.hexdigest()
+
+
+def _build(directory: Path, digest: str, paths: list[str], tiling: Tiling, image_processor,
+           encode: Callable[[torch.Tensor], torch.Tensor], batch_size: int, progress: Callable[[int, int], None] | None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "cache.json").unlink(missing_ok=True)
+    temporary = directory / "features.bin.tmp"
+    pictures_per_batch = max(1, batch_size // tiling.num_views)
+    entries: list[dict] = []
+    num_stored, view_shape = 0, (tiling.patches_per_view, 0)
+    try:
+        with open(temporary, "wb") as file:
+            for start in range(0, len(paths), pictures_per_batch):
+                views = []
+                for path in paths[start:start + pictures_per_batch]:
+                    entry = {"path": path, "place": num_stored + len(views), "size": None, "processed": None, "bad": None}
+                    try:
+                        pixels, entry["size"], entry["processed"] = read_views(path, tiling, image_processor)
+                        views.append(pixels)
+                    except BadImage as error:
+                        entry["bad"], entry["place"] = str(error), None
+                    entries.append(entry)
+                if views:
+                    features_KND = encode(torch.cat(views)).float().cpu().contiguous()
+                    view_shape = tuple(features_KND.shape[1:])
+                    file.write(features_KND.numpy().tobytes())
+                    num_stored += len(views)
+                if progress is not None:
+                    progress(min(start + pictures_per_batch, len(paths)), len(paths))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{temporary}: the feature cache could not be written ({error.strerror}); "
+                        "set encoder.cache: off or free some space") from None
+    os.replace(temporary, directory / "features.bin")
+    about = {"digest": digest, "num_stored": num_stored, "num_views": tiling.num_views, "view_shape": list(view_shape),
+             "pictures": entries}
+    (directory / "cache.json.tmp").write_text(json.dumps(about))
+    os.replace(directory / "cache.json.tmp", directory / "cache.json")

@@ -1,0 +1,411 @@
+"""LLaVA conversations (JSON list) and Cambrian's (JSONL): rows by offset, cleaned, or rejected under a named reason.
+
+A file of millions of rows is scanned once; row offsets and verdicts are kept beside it (`<file>.rows`), and rebuilt when the
+file's size or time changes. Rows are never read through a type-inferring reader: ids may be text or numbers in one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aimv2_vlm.config import UserError
+
+IMAGE = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+NO_IMAGE = {"", "None", "none", "nan"}
+INDEX_VERSION = "1"
+
+# Verdict codes are positions in this list and are stored: append, never reorder (or raise INDEX_VERSION).
+REASONS = [
+    "good",
+    "invalid_json",               # the line is not JSON, or not UTF-8
+    "not_an_object",              # the row is no mapping
+    "invalid_text",               # half of a surrogate pair: no text in any encoding
+    "video",                      # rows with a video are for other tools
+    "bad_image_field",            # `image` is neither a name, a list of names, nor one of the ways to say none
+    "no_conversation",            # `conversations` is missing, empty or no list
+    "malformed_turn",             # a turn without {from, value} or {role, content}, or with a value that is no text
+    "unknown_speaker",
+    "system_turn_inside",         # a system turn anywhere but first
+    "first_turn_not_user",
+    "same_speaker_twice",
+    "last_turn_user",
+    "empty_answer",
+    "placeholder_without_image",
+    "image_count_mismatch",       # the number of <image> is not the number of images
+    "missing_picture",            # no such file under the image folder
+    "empty_question",             # a user's turn without text and without image
+]
+_CODE = {reason: code for code, reason in enumerate(REASONS)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # user | assistant
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One usable row. `images` are names as the row has them; every IMAGE in a user's text stands for the next one.
+
+    IMAGE in an answer or in the system text is plain text.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]  # user, assistant, user, assistant, ...
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    row: int
+    id: str
+    reason: str  # one of REASONS
+
+
+def parse_row(row: Any, index: int) -> Conversation | Rejection:
+    """Judge one decoded row by formats' rules; pictures are not looked at. `index` names rows that have no id."""
+    if not isinstance(row, dict):
+        return Rejection(index, f"row {index}", "not_an_object")
+    name = row.get("id")
+    name = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) and name != "" else f"row {index}"
+
+    def reject(reason: str) -> Rejection:
+        return Rejection(index, name.encode("utf-8", "replace").decode(), reason)
+
+    if row.get("video"):
+        return reject("video")
+    images = _images(row.get("image"))
+    if images is None:
+        return reject("bad_image_field")
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return reject("no_conversation")
+
+    system, cleaned = None, []
+    for position, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            return reject("malformed_turn")
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            return reject("malformed_turn")
+        role = ROLES.get(speaker)
+        if role is None:
+            return reject("unknown_speaker")
+        if role != "system":
+            cleaned.append(Turn(role, text))
+        elif position == 0:
+            system = text.strip() or None
+        else:
+            return reject("system_turn_inside")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in "".join([name, system or "", *images, *(t.text for t in cleaned)])):
+        return reject("invalid_text")
+    if not cleaned or cleaned[0].role != "user":
+        return reject("first_turn_not_user")
+    if any(a.role == b.role for a, b in zip(cleaned, cleaned[1:])):
+        return reject("same_speaker_twice")
+    if cleaned[-1].role == "user":
+        return reject("last_turn_user")
+    if any(turn.role == "assistant" and not turn.text.strip() for turn in cleaned):
+        return reject("empty_answer")
+    if any(not turn.text.strip() for turn in cleaned[0 if not images else 2::2]):
+        return reject("empty_question")
+
+    placeholders = sum(turn.text.count(IMAGE) for turn in cleaned if turn.role == "user")
+    if placeholders and not images:
+        return reject("placeholder_without_image")
+    if len(images) == 1 and placeholders == 0:
+        cleaned[0] = Turn("user", _image_first(cleaned[0].text))
+    elif placeholders != len(images):
+        return reject("image_count_mismatch")
+    elif len(images) == 1:
+        cleaned = [Turn("user", _image_first(t.text)) if t.role == "user" and IMAGE in t.text else t for t in cleaned]
+    return Conversation(name, images, tuple(cleaned), system)
+
+
+def _images(field: Any) -> tuple[str, ...] | None:
+    """Names of the row's images, () for none, None where the field makes no sense."""
+    if field is None or (isinstance(field, float) and math.isnan(field)):
+        return ()
+    if isinstance(field, str):
+        return () if field.strip() in NO_IMAGE else (field,)
+    if isinstance(field, list) and all(isinstance(name, str) and name.strip() not in NO_IMAGE for name in field):
+        return tuple(field)
+    return None
+
+
+def _image_first(text: str) -> str:
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+
+
+class Rows:
+    """Random access to the rows of a .json list or a .jsonl file, without holding them: offsets, then `os.pread`.
+
+    `spans` (num_rows, 2): first byte and number of bytes. Safe to use after fork and from threads.
+    """
+
+    def __init__(self, path: str | os.PathLike, spans: np.ndarray | None = None) -> None:
+        self.path = str(path)
+        self.spans = _scan(self.path) if spans is None else spans
+        self._file = None
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def read(self, index: int) -> bytes:
+        start, length = (int(v) for v in self.spans[index])
+        if self._file is None:
+            self._file = open(self.path, "rb")
+        return os.pread(self._file.fileno(), length, start)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
+
+
+def _scan(path: str) -> np.ndarray:
+    """Byte spans of all rows. Blank lines of a .jsonl are no rows. Raises UserError where a list is broken."""
+    if path.endswith((".jsonl", ".ndjson")):
+        spans, position = [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    spans.append((position, len(line)))
+                position += len(line)
+    else:
+        # latin-1 keeps one character per byte, so that positions found by the decoder are byte positions.
+        text = Path(path).read_bytes().decode("latin-1")
+        spans = list(_list_spans(text, path))
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _list_spans(text: str, path: str) -> Iterator[tuple[int, int]]:
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    position = 3 if text.startswith("\xef\xbb\xbf") else 0
+    position = space.match(text, position).end()
+    if text[position:position + 1] != "[":
+        raise UserError(f"{path}: neither a JSON list ('[' expected) nor a .jsonl file")
+    position = space.match(text, position + 1).end()
+    while text[position:position + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: broken JSON at byte {getattr(error, 'pos', position)}: {error}") from None
+        yield position, end - position
+        position = space.match(text, end).end()
+        if text[position:position + 1] == ",":
+            position = space.match(text, position + 1).end()
+        elif text[position:position + 1] != "]":
+            raise UserError(f"{path}: broken JSON at byte {position}: ',' or ']' expected (is the file complete?)")
+
+
+class SourceLike(Protocol):
+    path: str
+    images: str | None
+    take: str
+
+
+class _Source:
+    """One file: its rows, a verdict for each, and which of the good ones are taken."""
+
+    def __init__(self, source: SourceLike, seed: int, cache_dir: str | None) -> None:
+        self.path, self.root, self.take = str(source.path), str(source.images or ""), source.take or "all"
+        if not os.path.isfile(self.path):
+            raise UserError(f"{self.path}: no such conversation file")
+        if self.root and not os.path.isdir(self.root):
+            raise UserError(f"{self.root}: no such image folder (images of {self.path})")
+        self.rows, self.verdicts = _indexed(self.path, self.root, cache_dir)
+        good = np.flatnonzero(self.verdicts == 0)
+        self.taken = good[_take(self.take, len(good), seed, self.path)]
+
+    def judge(self, index: int) -> Conversation | Rejection:
+        try:
+            row = json.loads(self.rows.read(index))
+        except (ValueError, RecursionError):
+            return Rejection(index, f"row {index}", "invalid_json")
+        return parse_row(row, index)
+
+    def rejections(self) -> Iterator[Rejection]:
+        for index in np.flatnonzero(self.verdicts != 0):
+            verdict = self.judge(int(index))
+            yield Rejection(int(index), verdict.id, REASONS[self.verdicts[index]])
+
+    def report(self) -> dict:
+        examples: dict[str, list[str]] = {}
+        counts: Counter[str] = Counter()
+        for rejection in self.rejections():
+            counts[rejection.reason] += 1
+            if counts[rejection.reason] <= 10:
+                examples.setdefault(rejection.reason, []).append(rejection.id)
+        return {"path": self.path, "images": self.root, "take": self.take, "rows": len(self.rows),
+                "good": int((self.verdicts == 0).sum()), "taken": len(self.taken),
+                "rejected": dict(counts), "rejected_ids": examples}
+
+
+def _indexed(path: str, root: str, cache_dir: str | None) -> tuple[Rows, np.ndarray]:
+    """Rows and verdicts, from the stored index where it still fits the file. Only rows without a picture are looked at again."""
+    from safetensors import SafetensorError, safe_open
+
+    stat = os.stat(path)
+    key = {"version": INDEX_VERSION, "size": str(stat.st_size), "mtime": str(stat.st_mtime_ns),
+           "images": os.path.abspath(root) if root else ""}
+    place = _index_path(path, cache_dir)
+    try:
+        with safe_open(place, framework="np") as index:
+            if index.metadata() == key:
+                rows, verdicts = Rows(path, index.get_tensor("spans")), index.get_tensor("verdicts")
+                missing = np.flatnonzero(verdicts == _CODE["missing_picture"])
+                verdicts[missing] = _judge_all(rows, root, missing)
+                return rows, verdicts
+    except (OSError, SafetensorError):
+        pass  # no index yet, or a broken one: it is made again
+    rows = Rows(path)
+    verdicts = _judge_all(rows, root, range(len(rows)))
+    _write_index(place, rows.spans, verdicts, key)
+    return rows, verdicts
+
+
+def _judge_all(rows: Rows, root: str, indices: Iterable[int]) -> np.ndarray:
+    exists: dict[str, bool] = {}  # pictures are shared by many rows
+    codes = []
+    for index in indices:
+        try:
+            verdict = parse_row(json.loads(rows.read(int(index))), int(index))
+        except (ValueError, RecursionError):
+            codes.append(_CODE["invalid_json"])
+            continue
+        if isinstance(verdict, Rejection):
+            codes.append(_CODE[verdict.reason])
+            continue
+        found = True
+        for name in verdict.images:
+            if name not in exists:
+                exists[name] = _is_file(os.path.join(root, name))
+            found &= exists[name]
+        codes.append(0 if found else _CODE["missing_picture"])
+    return np.array(codes, dtype=np.uint8)
+
+
+def _is_file(path: str) -> bool:
+    return "\0" not in path and os.path.isfile(path)
+
+
+def _index_path(path: str, cache_dir: str | None) -> str:
+    if cache_dir is None and os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        return path + ".rows"
+    folder = cache_dir or os.path.join(os.path.expanduser("~"), ".cache", "aimv2-vlm")
+    return os.path.join(folder, hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:24] + ".rows")
+
+
+def _write_index(place: str, spans: np.ndarray, verdicts: np.ndarray, key: dict[str, str]) -> None:
+    """Written under another name and renamed. An index is a help, not a need: without room for it the run goes on."""
+    from safetensors.numpy import save_file
+
+    try:
+        os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(place) or ".", suffix=".rows.tmp")
+        os.close(handle)
+        try:
+            save_file({"spans": spans, "verdicts": verdicts}, temporary, metadata=key)
+            os.replace(temporary, place)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+    except OSError:
+        pass
+
+
+def _take(take: str, num_good: int, seed: int, path: str) -> np.ndarray:
+    """Positions among the good rows: all | first:N | random:N | N% (random; file order is kept)."""
+    if take == "all":
+        return np.arange(num_good)
+    match = re.fullmatch(r"(first|random):(\d+)|(\d+(?:\.\d+)?)%", take)
+    if not match or (match[3] and float(match[3]) > 100):
+        raise UserError(f"{path}: take: {take!r} is none of all, first:N, random:N, N%")
+    count = int(match[2]) if match[1] else int(num_good * float(match[3]) / 100)
+    if count > num_good:
+        raise UserError(f"{path}: take: {take!r}, but only {num_good} rows are usable")
+    if match[1] == "first":
+        return np.arange(count)
+    name = os.path.basename(path)
+    entropy = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
+    return np.sort(np.random.Generator(np.random.PCG64(entropy)).permutation(num_good)[:count])
+
+
+class ConversationSet:
+    """The usable conversations of all sources, one after another; everything is judged when it is opened.
+
+    sources: objects with `.path`, `.images` (folder) and `.take`. seed: for `random:N` and `N%`. cache_dir: where row
+    indices go (default: beside each file). Pictures are only looked for here; one that cannot be decoded shows at fetch time.
+    """
+
+    def __init__(self, sources: list[SourceLike], seed: int = 0, cache_dir: str | None = None) -> None:
+        self.sources = [_Source(source, seed, cache_dir) for source in sources]
+        self._starts = np.cumsum([0] + [len(source.taken) for source in self.sources])
+        if not len(self):
+            raise UserError(f"{', '.join(s.path for s in self.sources)}: no usable conversation")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Conversation:
+        source, row = self._locate(index)
+        conversation = source.judge(row)
+        if isinstance(conversation, Rejection):
+            raise UserError(f"{source.path}: row {row} changed while it was in use ({conversation.reason})")
+        return conversation
+
+    def picture_path(self, index: int, name: str) -> str:
+        return os.path.join(self._locate(index)[0].root, name)
+
+    def picture_paths(self, index: int) -> list[str]:
+        """Files of a row's pictures, in order."""
+        return [self.picture_path(index, name) for name in self[index].images]
+
+    def where(self, index: int) -> str:
+        """File and row, for messages."""
+        source, row = self._locate(index)
+        return f"{source.path}: row {row}"
+
+    def rejections(self) -> Iterator[tuple[str, Rejection]]:
+        """(path, rejection) of every row that is left out."""
+        return ((source.path, rejection) for source in self.sources for rejection in source.rejections())
+
+    def report(self) -> dict:
+        """For data_report.json: counts per source and reason, the first ids of each."""
+        sources = [source.report() for source in self.sources]
+        rejected: Counter[str] = Counter()
+        for source in sources:
+            rejected.update(source["rejected"])
+        return {"rows": sum(s["rows"] for s in sources), "good": sum(s["good"] for s in sources), "taken": len(self),
+                "rejected": dict(rejected), "sources": sources}
+
+    def _locate(self, index: int) -> tuple[_Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        source = self.sources[number]
+        return source, int(source.taken[index - self._starts[number]])
+
+
+def check_bad_fraction(report: dict, max_bad_fraction: float, at_least: int = 1000) -> None:
+    """Raises UserError when the share of rejected rows passes the limit. Sets under `at_least` rows are not judged."""
+    bad = sum(report["rejected"].values())
+    if report["rows"] >= at_least and bad > max_bad_fraction * report["rows"]:
+        worst = ", ".join(f"{reason} {count}" for reason, count in Counter(report["rejected"]).most_common(3))
+        paths = ", ".join(source["path"] for source in report["sources"])
+        raise UserError(f"{paths}: {bad} of {report['rows']} rows are bad ({worst}), more than "
+                        f"max_bad_fraction = {max_bad_fraction:g}; mend the file or raise the limit")

@@ -1,0 +1,211 @@
+"""Image-text pairs for pre-training: global position -> sample, and micro-batches of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.data.captions import CaptionTokenizer
+from aimv2_vlm.data.order import Order, combine, draws, fingerprint
+from aimv2_vlm.data.shards import BadSample, RawSample, ShardSet
+from aimv2_vlm.data.transforms import MAX_BYTES, MAX_PIXELS, BadImage, EvalTransform, TrainTransform, decode_image
+
+# Validation draws its prefixes from this, whatever the run's seed: every run is judged on the same ones.
+VALIDATION_SEED = 20_241_121
+
+
+class PairDataset:
+    """Samples of an image-text mixture as a function of (seed, position).
+
+    sources: objects with `.name`, `.path`, `.weight`, `.caption` (config.PairSource). image: `.size` (pixels), `.scale`, `.ratio`, `.flip`,
+    `.resize` (config.ImageInput). num_patches: N; prefixes are U{1 … N - 1}. cache_dir: for indexes whose shards cannot be written
+    beside. shuffle_captions: control arm, every picture gets the caption of another picture of its source, always the same one.
+
+    A sample that turns out bad keeps its position, with weight 0, and is named. Cheap to send to worker processes.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        seed: int,
+        image: Any,
+        tokenizer: CaptionTokenizer,
+        num_patches: int,
+        cache_dir: str | os.PathLike | None = None,
+        window_shards: int = 16,
+        shuffle_captions: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        if num_patches < 2:
+            raise UserError(f"image.size = {image.size}: gives {num_patches} patches; a prefix needs at least 2")
+        if not sources:
+            raise UserError("data.sources: is empty; name at least one source of shards")
+        self.names = [source.name or f"source{number}" for number, source in enumerate(sources)]
+        if len(set(self.names)) < len(self.names):
+            raise UserError(f"data.sources: two sources have the same name ({', '.join(self.names)})")
+        self.seed, self.tokenizer, self.num_patches = seed, tokenizer, num_patches
+        self.shuffle_captions, self.max_pixels, self.max_bytes = shuffle_captions, max_pixels, max_bytes
+        self.weights = [source.weight for source in sources]
+        self.captions = [source.caption for source in sources]
+        self.shards = [ShardSet(source.path, source.caption, cache_dir, progress=progress) for source in sources]
+        for name, weight, shards in zip(self.names, self.weights, self.shards):
+            if weight and not sum(shards.num_samples):
+                bad = shards.bad_samples()
+                example = f" ({bad[0]})" if bad else ""
+                raise UserError(f"data source '{name}': no usable sample in {len(shards.paths)} shards{example}")
+        self.order = Order([shards.num_samples for shards in self.shards], self.weights, seed, window_shards)
+        self.train_transform = TrainTransform(
+            image.size, tuple(image.scale), tuple(image.ratio), image.flip, getattr(image, "resize", "exact")
+        )
+        self.eval_transform = EvalTransform(image.size)
+        # First storage number of each shard, over all sources: where `validation` and wrong captions find a sample.
+        counts = [count for shards in self.shards for count in shards.num_samples]
+        self._starts = [0, *itertools.accumulate(counts)]
+        self._shard_of = [(number, shard) for number, shards in enumerate(self.shards) for shard in range(len(shards.paths))]
+
+    # --------------------------------------------------------------------------------------------------------- sizes
+
+    @property
+    def num_samples(self) -> int:
+        """Samples with a position, over all sources."""
+        return self._starts[-1]
+
+    @property
+    def epoch_positions(self) -> int:
+        """Positions after which every sample of every source has been seen at least once."""
+        return self.order.positions_for_epochs(1)
+
+    @property
+    def image_size(self) -> int:
+        return self.eval_transform.size
+
+    def bad_samples(self) -> list[str]:
+        """What the index pass found: 'shard: key: reason'; none of these has a position."""
+        return [text for shards in self.shards for text in shards.bad_samples()]
+
+    def fingerprint(self) -> dict:
+        """What the samples of a run depend on; compare with `order.compare_fingerprints`."""
+        sources = [
+            {"name": name, "weight": weight, "caption": caption, "shards": shards.shard_facts()}
+            for name, weight, caption, shards in zip(self.names, self.weights, self.captions, self.shards)
+        ]
+        return fingerprint(self.seed, self.order.window_shards, sources, shuffle_captions=self.shuffle_captions)
+
+    def texts(self, limit: int | None = None) -> Iterable[str]:
+        """Captions in storage order (first column of each sample), for training a tokenizer; unreadable samples are passed over."""
+        for number in range(self.num_samples if limit is None else min(limit, self.num_samples)):
+            try:
+                yield self._stored(number)[0].caption
+            except BadSample:
+                continue
+
+    # ------------------------------------------------------------------------------------------------------- samples
+
+    def fetch(self, position: int) -> dict:
+        """The training sample at a global position:
+        pixels uint8 (3, S, S); input_ids int64 (T,) padded to the context length; text_length, end token included; truncated; prefix_length;
+        weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank and the length is 0)."""
+        place = self.order.locate(position)
+        prefix_length = draws(self.seed, position, "prefix").integers(1, self.num_patches)
+        shards = self.shards[place.source]
+        try:
+            raw = shards.read(place.shard, place.sample, draws(self.seed, position, "caption"))
+            caption = self._wrong_caption(place.source, place.shard, place.sample) if self.shuffle_captions else raw.caption
+        except BadSample as error:
+            return self._blank(error.key, prefix_length, str(error))
+        crop = draws(self.seed, position, "crop")
+        return self._sample(
+            raw, caption, prefix_length, lambda data: self.train_transform.decode(data, crop, self.max_pixels, self.max_bytes)
+        )
+
+    def fetch_validation(self, position: int) -> dict:
+        """Sample number `position` in storage order (sources in the order given): centre crop, the first column's caption, a prefix that
+        depends on the position only. The row is that of `fetch`."""
+        prefix_length = draws(VALIDATION_SEED, position, "prefix").integers(1, self.num_patches)
+        try:
+            raw, (source, shard, sample) = self._stored(position)
+            caption = self._wrong_caption(source, shard, sample) if self.shuffle_captions else raw.caption
+        except BadSample as error:
+            return self._blank(error.key, prefix_length, str(error))
+        return self._sample(
+            raw, caption, prefix_length, lambda data: self.eval_transform(decode_image(data, self.max_pixels, self.max_bytes))
+        )
+
+    def microbatch(self, positions: Iterable[int]) -> dict:
+        """Collated training samples (see `collate`)."""
+        return collate([self.fetch(position) for position in positions])
+
+    def validation(self, positions: Iterable[int]) -> dict:
+        """Collated validation samples (see `collate`)."""
+        return collate([self.fetch_validation(position) for position in positions])
+
+    def _sample(
+        self, raw: RawSample, caption: str, prefix_length: int, decode: Callable[[bytes], torch.Tensor]
+    ) -> dict:
+        ids, truncated = self.tokenizer.encode_counted(caption)
+        if len(ids) == 1:
+            return self._blank(raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, "caption is empty after cleaning")))
+        try:
+            pixels = decode(raw.image_bytes)
+        except BadImage as error:
+            return self._blank(raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, error.reason)))
+        return self._row(pixels, ids, prefix_length, raw.key) | {"truncated": truncated}
+
+    def _row(self, pixels: torch.Tensor, ids: list[int], prefix_length: int, key: str) -> dict:
+        padding = [self.tokenizer.pad_id] * (self.tokenizer.context_length - len(ids))
+        return {
+            "pixels": pixels,
+            "input_ids": torch.tensor(ids + padding, dtype=torch.int64),
+            "text_length": len(ids),
+            "truncated": False,
+            "prefix_length": prefix_length,
+            "weight": 1,
+            "key": key,
+            "bad": None,
+        }
+
+    def _blank(self, key: str, prefix_length: int, bad: str) -> dict:
+        pixels = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        return self._row(pixels, [], prefix_length, key) | {"weight": 0, "bad": bad}
+
+    def _stored(self, number: int) -> tuple[RawSample, tuple[int, int, int]]:
+        if not 0 <= number < self.num_samples:
+            raise IndexError(f"sample {number} of {self.num_samples}")
+        at = bisect_right(self._starts, number) - 1
+        source, shard = self._shard_of[at]
+        sample = number - self._starts[at]
+        return self.shards[source].read(shard, sample), (source, shard, sample)
+
+    def _wrong_caption(self, source: int, shard: int, sample: int) -> str:
+        """The caption of the sample that stands a fixed, seeded distance further in the same source."""
+        first = self._shard_of.index((source, 0))
+        begin = self._starts[first]
+        total = self.order.totals[source]
+        if total < 2:
+            raise UserError(f"data source '{self.names[source]}': one sample has no other caption to be given")
+        distance = 1 + combine(self.seed, source, 2) % (total - 1)
+        number = self._starts[first + shard] - begin + sample
+        return self._stored(begin + (number + distance) % total)[0].caption
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict:
+    """Samples -> pixels uint8 (B, 3, S, S), input_ids (B, T), text_lengths, prefix_lengths (B,) int64, weights (B,) float32,
+    num_truncated (captions that were cut), keys (list), bad (list of 'shard: key: reason')."""
+    return {
+        "pixels": torch.stack([sample["pixels"] for sample in samples]),
+        "input_ids": torch.stack([sample["input_ids"] for sample in samples]),
+        "text_lengths": torch.tensor([sample["text_length"] for sample in samples]),
+        "prefix_lengths": torch.tensor([sample["prefix_length"] for sample in samples]),
+        "weights": torch.tensor([sample["weight"] for sample in samples], dtype=torch.float32),
+        "num_truncated": sum(sample["truncated"] for sample in samples),
+        "keys": [sample["key"] for sample in samples],
+        "bad": [sample["bad"] for sample in samples if sample["bad"]],
+    }

@@ -1,0 +1,945 @@
+"""Image-text shards in img2dataset's layout: writing, indexing once, and reading any sample by offset.
+
+A shard is a plain tar of `<key>.jpg|png|webp…`, `<key>.txt`, `<key>.json`. One pass writes an index beside it (offset, size and crc32 of
+every member, grouped by sample); after that a sample is three `pread` calls and nothing in the archive is ever extracted or executed.
+What the pass can see to be bad is counted with a reason and never gets a position (decision 2 of the design).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import tempfile
+import threading
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from aimv2_vlm.config import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# Members that some reader somewhere would unpickle or import. A sample that carries one is refused as a whole.
+FORBIDDEN_EXTENSIONS = frozenset("pyd pth pt pkl pickle npy npz joblib dill py pyc so".split())
+INDEX_VERSION = 1
+INDEX_SUFFIX = ".index.json"
+BLOCK = 512
+MAX_TEXT_BYTES = 16 * 2**20  # a caption or metadata member above this is refused
+MAX_NAME_BYTES = 2**16  # long names and pax records above this are refused
+
+
+class BadSample(Exception):
+    """A sample that has a position but cannot be used. `str()` names shard, key and reason."""
+
+    def __init__(self, shard_name: str, key: str, reason: str):
+        super().__init__(f"{shard_name}: {key}: {reason}")
+        self.shard_name, self.key, self.reason = shard_name, key, reason
+
+
+@dataclass(frozen=True)
+class RawSample:
+    key: str
+    image_bytes: bytes
+    caption: str
+    shard_name: str
+
+
+class Draws(Protocol):
+    """The random draws of one sample (`order.draws`)."""
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float: ...
+
+    def integers(self, low: int, high: int) -> int: ...
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write a binary file that becomes visible only when complete: temporary name, fsync, rename."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, human-readable JSON."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def expand_pattern(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    """Shard paths for `dir/{00000..00003}.tar`, `dir/{a,b}.tar`, a glob, a folder, or a list of these.
+
+    The order is that of the pattern (globs and folders sorted). Raises UserError when nothing matches, when a file of a brace range is
+    missing, when a file is named twice, and for `pipe:` and other URLs.
+    """
+    items = [patterns] if isinstance(patterns, (str, os.PathLike)) else list(patterns)
+    paths: list[Path] = []
+    for item in items:
+        paths += _expand_one(os.fspath(item))
+    if not paths:
+        raise UserError(f"shards {items}: the pattern names no tar file; check the path")
+    repeated = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
+    if repeated:
+        raise UserError(f"shards {items}: {repeated[0]} is named more than once; name every shard once")
+    return paths
+
+
+def _expand_one(pattern: str) -> list[Path]:
+    if pattern.lower().lstrip().startswith(("pipe:", "|")):
+        raise UserError(f"shards '{pattern}': pipe: URLs run a command and are refused; give the path of a tar file")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
+        raise UserError(f"shards '{pattern}': only local paths can be read; copy the shards to a local folder first")
+    if os.path.isdir(pattern):
+        found = sorted(Path(pattern).glob("*.tar"))
+        if not found:
+            raise UserError(f"shards '{pattern}': the folder holds no .tar file")
+        return found
+    expanded = _expand_braces(os.path.expanduser(pattern))
+    paths: list[Path] = []
+    missing: list[str] = []
+    for name in expanded:
+        # A name that exists as it stands is that file, even when it contains a bracket.
+        hits = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        paths += map(Path, hits)
+        if not hits:
+            missing.append(name)
+    if missing:
+        what = f"no file '{missing[0]}'" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise UserError(f"shards '{pattern}': {what} ({len(missing)} of {len(expanded)} missing); check the path")
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    before, body, after = pattern[: match.start()], match[1], pattern[match.end() :]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if bounds:
+        low, high = int(bounds[1]), int(bounds[2])
+        if high < low or high - low >= 10_000_000:
+            raise UserError(f"shards '{pattern}': the range {{{body}}} is empty or too long")
+        values = [str(number).zfill(len(bounds[1])) for number in range(low, high + 1)]
+    else:
+        values = body.split(",")
+    tails = _expand_braces(after)
+    return [before + value + tail for value in values for tail in tails]
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_shards(rows: Iterable[dict], out_dir: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0) -> list[Path]:
+    """Write rows as img2dataset does: `00000.tar`, `00000.parquet`, `00000_stats.json`, …; returns the tar paths.
+
+    A row is {"key": str | None, "image_bytes": bytes, "ext": "jpg", "caption": str, "json": dict}; a missing key becomes
+    `<shard:05d><sample:04d>`. The same rows give the same tar, byte for byte. Every file appears only when complete.
+    """
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard = {samples_per_shard}: must be at least 1")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    iterator, paths = iter(rows), []
+    for shard in itertools.count(start):
+        first = next(iterator, None)
+        if first is None:
+            return paths
+        batch = itertools.chain([first], itertools.islice(iterator, samples_per_shard - 1))
+        paths.append(_write_shard(batch, out_dir, shard))
+    raise AssertionError("unreachable")
+
+
+def _write_shard(rows: Iterable[dict], out_dir: Path, shard: int) -> Path:
+    path = out_dir / f"{shard:05d}.tar"
+    table: list[dict] = []
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, row in enumerate(rows):
+            key = row.get("key")
+            if key is None:
+                key = f"{shard:05d}{number:04d}"
+            extension = row["ext"].lower().lstrip(".")
+            if not re.fullmatch(r"[^./\\\x00]+", key):
+                raise ValueError(f"key {key!r}: a key may not be empty or contain a dot or a slash")
+            if extension not in IMAGE_EXTENSIONS:
+                raise ValueError(f"key {key}: extension {extension!r} is none of {', '.join(IMAGE_EXTENSIONS)}")
+            metadata = {**row.get("json", {}), "caption": row["caption"], "key": key, "status": "success"}
+            table.append(metadata)
+            for name, data in (
+                (f"{key}.{extension}", row["image_bytes"]),
+                (f"{key}.txt", row["caption"].encode()),
+                (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+    _write_parquet(out_dir / f"{shard:05d}.parquet", table)
+    write_json(
+        out_dir / f"{shard:05d}_stats.json",
+        {
+            "count": len(table),
+            "successes": len(table),
+            "failed_to_download": 0,
+            "failed_to_resize": 0,
+            "status_dict": {"success": len(table)},
+        },
+    )
+    return path
+
+
+def _write_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = dict.fromkeys(["key", "caption", *itertools.chain.from_iterable(rows)])
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):  # mixed types in one field
+            columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
+    with atomic_file(path) as file:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+# --------------------------------------------------------------------------------------------------------------- tar walk
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    header_offset: int
+    offset: int  # of the data
+    size: int
+    crc: int
+    data: bytes | None  # only of captions and metadata
+    problem: str | None  # "link", "reaches past the end of the file", …
+
+
+@dataclass(frozen=True)
+class _Damage:
+    offset: int
+    reason: str
+
+
+def _octal(field_bytes: bytes) -> int:
+    """A tar number: octal text, or GNU's base 256. Raises ValueError."""
+    if field_bytes[0] in (0x80, 0xFF):
+        return int.from_bytes(field_bytes[1:], "big") - (1 << (8 * (len(field_bytes) - 1)) if field_bytes[0] == 0xFF else 0)
+    text = field_bytes.split(b"\0", 1)[0].strip()
+    if not re.fullmatch(rb"[0-7]*", text):
+        raise ValueError("not octal")
+    return int(text or b"0", 8)
+
+
+def _is_header(block: bytes, need_magic: bool) -> bool:
+    """Whether a 512-byte block is a tar header: its checksum is right (and it carries ustar's magic)."""
+    if len(block) < BLOCK or (need_magic and block[257:262] != b"ustar"):
+        return False
+    try:
+        stored = _octal(block[148:156])
+    except ValueError:
+        return False
+    return stored == sum(block[:148]) + 8 * 32 + sum(block[156:]) and block[0] != 0
+
+
+def _walk(file: IO[bytes], file_size: int) -> Iterator[_Member | _Damage]:
+    """All members of a tar in one pass. A damaged header is reported and skipped up to the next block that is a header."""
+    position, zeros_at, long_name, pax = 0, None, None, {}
+    while position + BLOCK <= file_size:
+        file.seek(position)
+        block = file.read(BLOCK)
+        if not block.strip(b"\0"):  # end mark, or two archives joined, or a hole in the file
+            zeros_at = position if zeros_at is None else zeros_at
+            position += BLOCK
+            continue
+        if not _is_header(block, need_magic=False):
+            start = position
+            position = _resynchronise(file, position + BLOCK, file_size)
+            yield _Damage(start, f"damaged header at byte {start}, {position - start} bytes skipped")
+            long_name, pax, zeros_at = None, {}, None
+            continue
+        if zeros_at is not None:
+            yield _Damage(zeros_at, f"zeros from byte {zeros_at} to {position} inside the archive")
+            zeros_at = None
+        kind, header_offset, offset = block[156:157], position, position + BLOCK
+        try:
+            size = int(pax["size"]) if "size" in pax else _octal(block[124:136])
+            if size < 0:
+                raise ValueError("negative")
+        except ValueError:
+            position = _resynchronise(file, offset, file_size)
+            yield _Damage(header_offset, f"header without a readable size at byte {header_offset}")
+            long_name, pax = None, {}
+            continue
+        past_end = offset + size > file_size
+        if kind in b"xgLK" and kind:  # about the next member, not a member
+            if past_end or size > MAX_NAME_BYTES:
+                yield _Damage(header_offset, f"unusable name record at byte {header_offset}")
+                position = _resynchronise(file, offset, file_size)
+                long_name, pax = None, {}
+                continue
+            record = file.read(size)
+            if kind == b"x":
+                pax = _parse_pax(record)
+            elif kind == b"L":
+                long_name = record.rstrip(b"\0")
+            position = _next_block(offset + size)
+            continue
+        name_bytes = pax.get("path", long_name)
+        if name_bytes is None:
+            name_bytes = block[:100].split(b"\0", 1)[0]
+            prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+            name_bytes = prefix + b"/" + name_bytes if prefix else name_bytes
+        long_name, pax = None, {}
+        name = name_bytes.decode("utf-8", "backslashreplace")
+        problem, data, crc = None, None, 0
+        if kind not in (b"0", b"\0", b"7"):
+            if kind == b"5":
+                position = offset
+                continue
+            problem = "is a link or a special file"
+            size = size if kind == b"S" else 0
+        elif past_end:
+            problem = "reaches past the end of the file"
+        if past_end:
+            position = _resynchronise(file, offset, file_size)
+        else:
+            position = _next_block(offset + size)
+            if problem is None:
+                keep = size <= MAX_TEXT_BYTES and name.lower().endswith((".txt", ".json"))
+                crc, data = _checksum(file, size, keep)
+        yield _Member(name, header_offset, offset, size, crc, data, problem)
+    if zeros_at is None and position < file_size:
+        yield _Damage(position, f"incomplete header at byte {position}, the file is cut off")
+
+
+def _next_block(position: int) -> int:
+    return -(-position // BLOCK) * BLOCK
+
+
+def _resynchronise(file: IO[bytes], position: int, file_size: int) -> int:
+    """Offset of the next block that is a tar header with magic and right checksum; the end of the file if there is none."""
+    while position + BLOCK <= file_size:
+        file.seek(position)
+        chunk = file.read(min(2**20, file_size - position))
+        at = chunk.find(b"ustar")
+        while at >= 0:
+            if at % BLOCK == 257 and _is_header(chunk[at - 257 : at - 257 + BLOCK], need_magic=True):
+                return position + at - 257
+            at = chunk.find(b"ustar", at + 1)
+        position += len(chunk) // BLOCK * BLOCK
+    return file_size
+
+
+def _parse_pax(record: bytes) -> dict[str, Any]:
+    """`path` (bytes) and `size` (digits) of a pax record; anything else is ignored."""
+    values: dict[str, Any] = {}
+    for line in record.split(b"\n"):
+        match = re.fullmatch(rb"\d{1,9} (path|size)=(.*)", line, re.DOTALL)
+        if match and match[1] == b"path":
+            values["path"] = match[2]
+        elif match and re.fullmatch(rb"\d{1,19}", match[2]):
+            values["size"] = match[2]
+    return values
+
+
+def _checksum(file: IO[bytes], size: int, keep: bool) -> tuple[int, bytes | None]:
+    if keep:
+        data = file.read(size)
+        return zlib.crc32(data), data
+    crc = 0
+    while size > 0:
+        chunk = file.read(min(size, 2**20))
+        if not chunk:
+            raise OSError("the file became shorter while it was read")
+        crc, size = zlib.crc32(chunk, crc), size - len(chunk)
+    return crc, None
+
+
+# ------------------------------------------------------------------------------------------------------------------ index
+
+
+@dataclass
+class _Open:
+    """A sample whose members are still being collected."""
+
+    key: str
+    order: int
+    image: tuple[int, int, int] | None = None
+    text: tuple[int, int, int] | None = None
+    metadata: tuple[int, int, int] | None = None
+    columns: set[str] = field(default_factory=set)
+    text_problem: str | None = None
+    problems: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """webdataset's rule: the key ends at the first dot of the last path component; the extension is lower-cased."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _collect(members: Iterable[_Member | _Damage]) -> tuple[list[_Open], list[_Damage]]:
+    """Group members into samples by key; a key whose slot is taken already begins another sample of the same key."""
+    open_samples: dict[str, _Open] = {}
+    samples: list[_Open] = []
+    damage: list[_Damage] = []
+    for member in members:
+        if isinstance(member, _Damage):
+            previous = f" after {samples[-1].key}" if samples else " before the first sample"
+            damage.append(_Damage(member.offset, member.reason + previous))
+            continue
+        key, extension = _split_name(member.name)
+        sample = open_samples.get(key)
+        slot = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "metadata"}.get(extension)
+        taken = sample is not None and slot is not None and getattr(sample, slot) is not None
+        if taken and slot == "image" and sample.text is None and sample.metadata is None:
+            sample.problems.append("more than one picture")
+        if sample is None or taken:
+            sample = open_samples[key] = _Open(key, len(samples))
+            samples.append(sample)
+        _add(sample, member, extension, slot)
+    return samples, damage
+
+
+def _add(sample: _Open, member: _Member, extension: str, slot: str | None) -> None:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        sample.problems.append("member name leaves the archive's folder")
+    if extension.rpartition(".")[2] in FORBIDDEN_EXTENSIONS:
+        sample.problems.append(f"forbidden member .{extension} (never opened)")
+    elif member.problem:
+        sample.problems.append(f".{extension} {member.problem}")
+    if slot is None:
+        sample.others.append(extension)
+        return
+    setattr(sample, slot, (member.offset, member.size, member.crc))
+    if member.problem:
+        return
+    if slot == "image":
+        if member.size == 0:
+            sample.problems.append("empty picture file")
+    elif member.data is None:
+        sample.problems.append(f".{extension} is larger than {MAX_TEXT_BYTES >> 20} MiB")
+    elif slot == "text":
+        try:
+            if member.data.decode("utf-8").strip():
+                sample.columns.add("txt")
+            else:
+                sample.text_problem = "empty caption"
+        except UnicodeDecodeError:
+            sample.text_problem = "caption is not UTF-8"
+    else:
+        try:
+            metadata = json.loads(member.data)
+        except (ValueError, RecursionError):
+            metadata = None
+        if not isinstance(metadata, dict):
+            sample.problems.append("metadata is not a JSON object")
+        else:
+            sample.columns |= {f"json:{name}" for name, value in metadata.items() if _texts(value)}
+
+
+def _texts(value: Any) -> list[str]:
+    """The captions in one metadata field: a string, or a list of strings; blank ones do not count."""
+    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text for text in values if isinstance(text, str) and text.strip()]
+
+
+def build_index(tar_path: str | os.PathLike) -> tuple[dict, dict]:
+    """One pass over a tar -> (header, body), both JSON-ready.
+
+    header: version, name, size, mtime_ns, columns (caption columns seen), column_counts ({bit mask over columns: number of samples}),
+    num_bad, num_damaged, digest. body: per sample key, image / text / metadata as [offset, size, crc32] and its column mask; `bad`
+    ({key, reason} of samples that get no position), `damage` ({offset, reason}), `text_problems` ({sample: reason}).
+    """
+    path = Path(tar_path)
+    status = path.stat()
+    with open(path, "rb", buffering=2**20) as file:
+        samples, damage = _collect(_walk(file, status.st_size))
+    names: dict[str, int] = {}
+    body: dict[str, Any] = {"key": [], "image": [], "text": [], "metadata": [], "mask": [], "bad": [], "text_problems": {}}
+    for sample in samples:
+        if sample.image is None and not sample.problems:
+            found = [*sample.others, *(["txt"] if sample.text else []), *(["json"] if sample.metadata else [])]
+            sample.problems.append(f"no picture (members: {', '.join(found)})")
+        if not sample.columns and not sample.problems:
+            sample.problems.append(sample.text_problem or "no caption")
+        if sample.problems:
+            body["bad"].append({"key": sample.key, "reason": "; ".join(dict.fromkeys(sample.problems))})
+            continue
+        if sample.text is None and "json:caption" in sample.columns:
+            sample.columns.add("txt")  # formats: a missing .txt falls back to the metadata's caption
+        if sample.text_problem:
+            body["text_problems"][str(len(body["key"]))] = sample.text_problem
+        body["key"].append(sample.key)
+        body["image"].append(sample.image)
+        body["text"].append(sample.text or (-1, 0, 0))
+        body["metadata"].append(sample.metadata or (-1, 0, 0))
+        body["mask"].append(sum(1 << names.setdefault(name, len(names)) for name in sorted(sample.columns)))
+    body["damage"] = [{"offset": item.offset, "reason": item.reason} for item in damage]
+    body["columns"] = list(names)
+    header = {
+        "version": INDEX_VERSION,
+        "name": path.name,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "columns": list(names),
+        "column_counts": {str(mask): count for mask, count in sorted(Counter(body["mask"]).items())},
+        "num_bad": len(body["bad"]),
+        "num_damaged": len(damage),
+        "digest": _digest(_dump(body)),
+    }
+    return header, body
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def index_path(tar_path: Path, cache_dir: str | os.PathLike | None) -> Path:
+    """Where a shard's index stands: beside it, or in `cache_dir` under a name that carries the folder."""
+    if cache_dir is None:
+        return tar_path.with_name(tar_path.name + INDEX_SUFFIX)
+    folder = hashlib.sha256(os.fsencode(tar_path.resolve().parent)).hexdigest()[:16]
+    return Path(cache_dir) / f"{folder}-{tar_path.name}{INDEX_SUFFIX}"
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aimv2_vlm" / "indexes"
+
+
+def open_index(tar_path: Path, cache_dir: str | os.PathLike | None = None) -> tuple[dict, Path]:
+    """(header, path) of a shard's index; built when absent, of another version, or when the tar's size or time changed."""
+    try:
+        status = tar_path.stat()
+    except OSError as error:
+        raise UserError(f"{tar_path}: cannot be opened ({error.strerror})") from error
+    candidates = [index_path(tar_path, None), index_path(tar_path, cache_dir or default_cache_dir())]
+    if cache_dir is not None:
+        candidates.reverse()
+    for candidate in candidates:
+        header = _read_header(candidate)
+        if header and (header["size"], header["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+            return header, candidate
+    if status.st_size == 0:
+        raise UserError(f"{tar_path}: the shard is empty (0 bytes); remove it or download it again")
+    try:
+        header, body = build_index(tar_path)
+    except OSError as error:
+        raise UserError(f"{tar_path}: cannot be read ({error.strerror or error})") from error
+    failure: OSError | None = None
+    for candidate in candidates:
+        try:
+            candidate.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(candidate) as file:
+                file.write(_dump(header) + b"\n" + _dump(body) + b"\n")
+            return header, candidate
+        except OSError as error:
+            failure = error
+    raise UserError(f"{candidates[-1]}: the index cannot be written ({failure}); give a writable data.cache_dir")
+
+
+def _read_header(path: Path) -> dict | None:
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.readline(2**24))
+        well_formed = (
+            header["version"] == INDEX_VERSION
+            and isinstance(header["columns"], list)
+            and isinstance(header["digest"], str)
+            and all(mask.isdigit() and isinstance(count, int) and count > 0 for mask, count in header["column_counts"].items())
+        )
+        return header if well_formed and {"size", "mtime_ns"} <= header.keys() else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A loaded index: arrays over all samples with a picture; `usable` selects those that have a wanted caption."""
+
+    keys: list[str]
+    members: dict[str, np.ndarray]  # image, text, metadata -> (samples, 3) offset, size, crc32
+    masks: list[int]
+    columns: list[str]
+    usable: np.ndarray
+    bad: list[dict]
+    damage: list[dict]
+
+
+# --------------------------------------------------------------------------------------------------------------- shard set
+
+
+def parse_caption(spec: str | Mapping[str, float]) -> dict[str, float]:
+    """Caption columns with weights: `txt`, `json:<field>`, or a mapping of these to weights. Raises UserError."""
+    columns = {spec: 1.0} if isinstance(spec, str) else dict(spec)
+    for column, weight in columns.items():
+        if column != "txt" and not re.fullmatch(r"json:.+", str(column), re.DOTALL):
+            raise UserError(f"caption column '{column}': must be 'txt' or 'json:<field>'")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise UserError(f"caption column '{column}': weight {weight!r} must be a number that is not negative")
+    columns = {column: float(weight) for column, weight in columns.items() if weight > 0}
+    if not columns:
+        raise UserError("caption columns: at least one needs a weight above 0")
+    return columns
+
+
+class ShardSet:
+    """The usable samples of some shards, by (shard, sample) number.
+
+    `num_samples[s]` counts what has a picture and at least one wanted caption column. Cheap to pickle; files and indexes are opened
+    lazily in each process and at most `max_open` stay open.
+    """
+
+    def __init__(
+        self,
+        patterns: str | os.PathLike | Sequence[str | os.PathLike],
+        caption: str | Mapping[str, float] = "txt",
+        cache_dir: str | os.PathLike | None = None,
+        max_open: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        self.caption, self.max_open = parse_caption(caption), max_open
+        self.paths = expand_pattern(patterns)
+        self._headers: list[dict] = []
+        self._index_paths: list[Path] = []
+        for number, path in enumerate(self.paths):
+            header, where = open_index(path, cache_dir)
+            self._headers.append(header)
+            self._index_paths.append(where)
+            if progress:
+                progress(number + 1, len(self.paths))
+        self.num_samples = [
+            sum(count for mask, count in header["column_counts"].items() if int(mask) & self._wanted(header["columns"]))
+            for header in self._headers
+        ]
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._bodies: OrderedDict[int, _Body] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_files", "_bodies")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _wanted(self, columns: list[str]) -> int:
+        return sum(1 << bit for bit, name in enumerate(columns) if name in self.caption)
+
+    def shard_facts(self) -> list[dict]:
+        """Per shard: name, size in bytes, number of usable samples, index digest (for the fingerprint)."""
+        return [
+            {"name": path.name, "size": header["size"], "count": count, "digest": header["digest"]}
+            for path, header, count in zip(self.paths, self._headers, self.num_samples)
+        ]
+
+    def bad_samples(self) -> list[str]:
+        """'shard: key: reason' of everything without a position, and of damage that may have swallowed a sample."""
+        named = []
+        for shard, (path, header) in enumerate(zip(self.paths, self._headers)):
+            if header["num_bad"] or header["num_damaged"] or self.num_samples[shard] < sum(header["column_counts"].values()):
+                body = self._body(shard)
+                named += [f"{path.name}: {item['key']}: {item['reason']}" for item in body.bad]
+                named += [f"{path.name}: (damage): {item['reason']}" for item in body.damage]
+        return named
+
+    def read(self, shard: int, sample: int, draws: Draws | None = None) -> RawSample:
+        """One sample by offset, checksums verified. `draws` chooses among several captions; None takes the first column's first.
+
+        Raises BadSample when the bytes are not those that were indexed, UserError when the shard itself is gone.
+        """
+        body = self._body(shard)
+        index = int(body.usable[sample])
+        key, name = body.keys[index], self.paths[shard].name
+        image = self._member(shard, body, index, "image", "picture")
+        column = self._choose_column(body, body.masks[index], draws)
+        if column == "txt" and body.members["text"][index, 0] >= 0:
+            return RawSample(key, image, self._member(shard, body, index, "text", "caption").decode("utf-8"), name)
+        metadata = json.loads(self._member(shard, body, index, "metadata", "metadata"))
+        captions = _texts(metadata["caption" if column == "txt" else column.removeprefix("json:")])
+        return RawSample(key, image, captions[draws.integers(0, len(captions)) if draws and len(captions) > 1 else 0], name)
+
+    def key(self, shard: int, sample: int) -> str:
+        body = self._body(shard)
+        return body.keys[int(body.usable[sample])]
+
+    def _choose_column(self, body: _Body, mask: int, draws: Draws | None) -> str:
+        columns = [name for name in self.caption if name in body.columns and mask >> body.columns.index(name) & 1]
+        if draws is None or len(columns) == 1:
+            return columns[0]
+        target = draws.uniform() * sum(self.caption[name] for name in columns)
+        for name in columns[:-1]:
+            target -= self.caption[name]
+            if target < 0:
+                return name
+        return columns[-1]
+
+    def _member(self, shard: int, body: _Body, index: int, kind: str, word: str) -> bytes:
+        offset, size, crc = map(int, body.members[kind][index])
+        name, key = self.paths[shard].name, body.keys[index]
+        file = self._file(shard)  # held here, so that another thread's eviction cannot close it under us
+        try:
+            data = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise BadSample(name, key, f"{word} cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise BadSample(name, key, f"{word} is cut off: {len(data)} of {size} bytes")
+        if zlib.crc32(data) != crc:
+            raise BadSample(name, key, f"{word} differs from what was indexed (checksum)")
+        return data
+
+    def _file(self, shard: int) -> io.FileIO:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                try:
+                    file = open(self.paths[shard], "rb", buffering=0)
+                except OSError as error:
+                    raise UserError(f"{self.paths[shard]}: the shard disappeared while in use ({error.strerror})") from error
+                self._files[shard] = file
+                if len(self._files) > self.max_open:
+                    self._files.popitem(last=False)  # closed when its last reader lets go of it
+            self._files.move_to_end(shard)
+            return file
+
+    def _body(self, shard: int) -> _Body:
+        with self._lock:
+            body = self._bodies.get(shard)
+            if body is None:
+                body = self._bodies[shard] = self._load(shard)
+                if len(self._bodies) > self.max_open:
+                    self._bodies.popitem(last=False)
+            self._bodies.move_to_end(shard)
+            return body
+
+    def _load(self, shard: int) -> _Body:
+        path, header = self._index_paths[shard], self._headers[shard]
+        try:
+            with open(path, "rb") as file:
+                file.readline()
+                data = file.read().rstrip(b"\n")
+        except OSError as error:
+            raise UserError(f"{path}: the index disappeared while in use ({error.strerror})") from error
+        if _digest(data) != header["digest"]:
+            raise UserError(f"{path}: the index is damaged or was rebuilt for other data; delete it and start again")
+        raw = json.loads(data)
+        wanted = self._wanted(raw["columns"])
+        usable = np.array([number for number, mask in enumerate(raw["mask"]) if mask & wanted], dtype=np.int64)
+        missing = " or ".join(self.caption)
+        without = [
+            {"key": raw["key"][number], "reason": raw["text_problems"].get(str(number), f"no caption in {missing}")}
+            for number, mask in enumerate(raw["mask"])
+            if not mask & wanted
+        ]
+        members = {kind: np.array(raw[kind], dtype=np.int64).reshape(-1, 3) for kind in ("image", "text", "metadata")}
+        return _Body(raw["key"], members, raw["mask"], raw["columns"], usable, raw["bad"] + without, raw["damage"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- pack
+
+
+def pack(
+    folder: str | os.PathLike,
+    captions_file: str | os.PathLike | None,
+    out_dir: str | os.PathLike,
+    samples_per_shard: int = 1000,
+    where: Mapping[str, str] | None = None,
+    max_pixels: int = 64_000_000,
+    max_bytes: int = 40_000_000,
+) -> dict:
+    """A folder of pictures and their captions -> shards; returns (and writes as `data_report.json`) what went in and what did not.
+
+    captions_file: JSONL rows {"image": path below folder, "captions": [...] | "caption": str, ...}, or CSV with a header row of the
+    same names, or None: `<picture>.txt` beside each picture. Of several captions the first becomes the .txt; all stand in the metadata as
+    `captions` and `caption_0`, `caption_1`, …. `where` keeps the rows whose fields have the given values. Pictures keep their bytes.
+    Raises UserError when an input is missing, the output holds shards already, or no row is usable.
+    """
+    folder, out_dir = Path(folder), Path(out_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures")
+    if out_dir.is_dir() and any(out_dir.glob("*.tar")):
+        raise UserError(f"{out_dir}: holds shards already; choose another folder or remove them")
+    report: dict[str, Any] = {"num_rows": 0, "num_written": 0, "num_skipped": 0, "num_bad": 0, "bad_reasons": Counter(), "bad": []}
+
+    def usable_rows() -> Iterator[dict]:
+        for label, row in _caption_rows(folder, Path(captions_file) if captions_file is not None else None):
+            report["num_rows"] += 1
+            if isinstance(row, dict) and where and any(str(row.get(name)) != str(value) for name, value in where.items()):
+                report["num_skipped"] += 1
+                continue
+            try:
+                yield _packed_row(folder, row, max_pixels, max_bytes)
+                report["num_written"] += 1
+            except ValueError as error:
+                report["num_bad"] += 1
+                report["bad_reasons"][str(error)] += 1
+                image = row.get("image") if isinstance(row, dict) else None
+                report["bad"].append({"row": label, "image": image, "reason": str(error)})
+
+    paths = write_shards(usable_rows(), out_dir, samples_per_shard)
+    report["shards"] = [path.name for path in paths]
+    if not paths:
+        example = f" (for instance {report['bad'][0]['row']}: {report['bad'][0]['reason']})" if report["bad"] else ""
+        raise UserError(
+            f"{captions_file or folder}: none of {report['num_rows']} rows could be packed, "
+            f"{report['num_skipped']} skipped by the filter, {report['num_bad']} bad{example}"
+        )
+    write_json(out_dir / "data_report.json", report)
+    return report
+
+
+def _caption_rows(folder: Path, captions_file: Path | None) -> Iterator[tuple[str, Any]]:
+    """(label for messages, row) of every input row; a line that is no JSON object comes as it is and is refused later."""
+    if captions_file is None:
+        for picture in sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS):
+            sidecar = picture.with_suffix(".txt")
+            caption = sidecar.read_bytes().decode("utf-8", "replace") if sidecar.is_file() else ""
+            yield str(picture.relative_to(folder)), {"image": str(picture.relative_to(folder)), "caption": caption}
+        return
+    try:
+        with open(captions_file, encoding="utf-8", errors="replace", newline="") as file:
+            if captions_file.suffix.lower() == ".csv":
+                for number, row in enumerate(csv.DictReader(file), start=2):
+                    yield f"line {number}", row
+                return
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError):
+                    yield f"line {number}", None
+    except OSError as error:
+        raise UserError(f"{captions_file}: cannot be read ({error.strerror})") from error
+
+
+def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict:
+    """A row for write_shards. Raises ValueError(reason)."""
+    from aimv2_vlm.data.transforms import BadImage, read_header
+
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    name = row.get("image")
+    if not isinstance(name, str) or not name:
+        raise ValueError("no 'image' field")
+    captions = [text.strip() for text in _texts(row.get("captions")) or _texts(row.get("caption"))]
+    if not captions:
+        raise ValueError("empty caption")
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("picture lies outside the folder")
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError("picture is missing or unreadable") from error
+    try:
+        header = read_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    except BadImage as error:
+        raise ValueError(error.reason) from error
+    numbered = {f"caption_{number}": text for number, text in enumerate(captions)}
+    metadata = {name: value for name, value in row.items() if name is not None and name not in ("captions", "caption")}
+    metadata |= {"captions": captions, **numbered, "height": header.height, "width": header.width}
+    return {"key": None, "image_bytes": data, "ext": header.extension, "caption": captions[0], "json": metadata}
+
+
+# ------------------------------------------------------------------------------------------------------------------ check
+
+
+def check(
+    patterns: str | os.PathLike | Sequence[str | os.PathLike],
+    caption: str | Mapping[str, float] = "txt",
+    max_pixels: int = 64_000_000,
+    max_bytes: int = 40_000_000,
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Read and decode every sample: counts, picture sizes, caption lengths, duplicate keys and pictures, every bad sample by name."""
+    from aimv2_vlm.data.transforms import BadImage, decode_image
+
+    shards = ShardSet(patterns, caption, cache_dir)
+    bad = shards.bad_samples()
+    num_bad_indexed = len(bad)
+    keys: Counter[str] = Counter()
+    pictures: Counter[tuple[int, int]] = Counter()
+    heights, widths, num_bytes, characters, words = [], [], [], [], []
+    done, total = 0, sum(shards.num_samples)
+    for shard, count in enumerate(shards.num_samples):
+        for sample in range(count):
+            done += 1
+            if progress:
+                progress(done, total)
+            keys[shards.key(shard, sample)] += 1
+            try:
+                raw = shards.read(shard, sample)
+            except BadSample as error:
+                bad.append(str(error))
+                continue
+            try:
+                height, width = decode_image(raw.image_bytes, max_pixels=max_pixels, max_bytes=max_bytes).shape[1:]
+            except BadImage as error:
+                bad.append(str(BadSample(raw.shard_name, raw.key, error.reason)))
+                continue
+            pictures[zlib.crc32(raw.image_bytes), len(raw.image_bytes)] += 1
+            for values, value in zip(
+                (heights, widths, num_bytes, characters, words),
+                (height, width, len(raw.image_bytes), len(raw.caption), len(raw.caption.split())),
+            ):
+                values.append(int(value))
+    repeated = sorted(key for key, count in keys.items() if count > 1)
+    return {
+        "num_shards": len(shards.paths),
+        "num_samples": total + num_bad_indexed,
+        "num_good": len(heights),
+        "num_bad": len(bad),
+        "bad": bad,
+        "num_duplicate_keys": len(repeated),
+        "duplicate_keys": repeated[:100],
+        "num_duplicate_pictures": sum(count - 1 for count in pictures.values()),
+        "height": _quantiles(heights),
+        "width": _quantiles(widths),
+        "picture_bytes": _quantiles(num_bytes),
+        "caption_characters": _quantiles(characters),
+        "caption_words": _quantiles(words),
+    }
+
+
+def _quantiles(values: list[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    levels = {"min": 0, "5%": 5, "median": 50, "95%": 95, "max": 100}
+    return {name: float(np.percentile(values, level)) for name, level in levels.items()} | {"mean": float(np.mean(values))}

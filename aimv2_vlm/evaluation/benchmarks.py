@@ -1,0 +1,339 @@
+"""Benchmark folders: `<root>/<name>/data/<split>-*.parquet`, one question a row, and how each is asked and scored.
+
+A folder may hold `benchmark.json` {"metric", "prompt_suffix", "split"}; the embedded benchmarks have theirs in `tasks/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.evaluation.metrics import METRIC_NAMES, most_frequent, normalize_answer
+
+TASKS = Path(__file__).parent / "tasks"
+SINGLE_WORD = "Answer the question using a single word or phrase."  # Table C2
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+SUFFIX_OF_METRIC = {
+    "exact_match": SINGLE_WORD, "anls": SINGLE_WORD, "relaxed_accuracy": SINGLE_WORD, "option_letter": OPTION_LETTER,
+    "cider": "",
+}  # fmt: skip
+COLUMNS = ("id", "picture_id", "image", "question", "question_form", "answers", "options", "answer_letter", "attribute")
+
+
+def build_prompt(question: str, options: Sequence[str] = (), suffix: str = "") -> str:
+    """The user's words: the question, options as "A. circle" lines, the suffix on a line of its own (Table C2)."""
+    lettered = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *lettered, *filter(None, [suffix])])
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark as it lies on disk; `rows` hold every column but the picture, in file order."""
+
+    name: str
+    folder: Path
+    split: str
+    metric: str
+    prompt_suffix: str
+    data_hash: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [build_prompt(row["question"], row["options"], self.prompt_suffix) for row in self.rows]
+
+
+class _TagBlindLoader(yaml.SafeLoader):
+    """Reads task files without importing the functions they name."""
+
+
+_TagBlindLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def _shipped_task(name: str) -> dict[str, Any] | None:
+    path = TASKS / f"{name}.yaml"
+    if not path.is_file() or name.startswith("_"):
+        return None
+    merged: dict[str, Any] = {}
+    while path is not None:
+        content = yaml.load(path.read_text(encoding="utf-8"), _TagBlindLoader)
+        included = content.pop("include", None)
+        merged = {**content, **merged}
+        path = TASKS / included if included else None
+    suffix = merged["lmms_eval_specific_kwargs"]["default"]["post_prompt"].removeprefix("\n")
+    return {"metric": merged["metric_list"][0]["metric"], "prompt_suffix": suffix, "split": merged["test_split"]}
+
+
+def find_benchmarks(root: str | Path, names: Iterable[str]) -> list[tuple[str, Path | UserError]]:
+    """Folders of the named benchmarks below `root`; the name of a set (a folder of benchmarks) stands for its members.
+
+    A name that does not exist comes with a UserError that lists the nearest ones.
+    """
+    root = Path(root)
+    known = {str(data.parent.relative_to(root)): data.parent for data in sorted(root.glob("**/data")) if data.is_dir()}
+    found: list[tuple[str, Path | UserError]] = []
+    for name in names:
+        members = [known_name for known_name in known if known_name.startswith(f"{name}/")]
+        if name in known:
+            found.append((name, known[name]))
+        elif members:
+            found += [(member, known[member]) for member in members]
+        elif not known:
+            found.append((name, UserError(f"benchmarks: {name}: {root} holds no benchmark (<name>/data/*.parquet)")))
+        else:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)[:3]
+            found.append((name, UserError(f"benchmarks: {name} is not in {root}; nearest: {', '.join(near)}")))
+    return found
+
+
+def read_benchmark(name: str, folder: str | Path) -> Benchmark:
+    """Opens one folder and checks it. UserError names file, column or row, and the reason."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = Path(folder)
+    card = folder / "benchmark.json"
+    if card.is_file():
+        try:
+            declared = json.loads(card.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{card}: not JSON ({error})") from None
+    else:
+        declared = _shipped_task(name)
+        if declared is None:
+            raise UserError(f'{card}: missing; write {{"metric": one of {", ".join(METRIC_NAMES)}}} there')
+    metric = declared.get("metric")
+    if metric not in METRIC_NAMES:
+        near = difflib.get_close_matches(str(metric), METRIC_NAMES, n=1, cutoff=0.0)[0]
+        raise UserError(f"{card}: metric {metric!r} is not known; nearest: {near}")
+    split = declared.get("split", "test")
+    files = sorted((folder / "data").glob(f"{split}-*.parquet"))
+    if not files:
+        raise UserError(f"{folder / 'data'}: no {split}-*.parquet")
+    digest, rows = hashlib.sha256(), []
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                present = parquet.schema_arrow.names
+                missing = [column for column in COLUMNS if column not in present]
+                if missing:
+                    near = difflib.get_close_matches(missing[0], present, n=2, cutoff=0.3) or present
+                    raise UserError(
+                        f"{file}: column {', '.join(missing)} missing; nearest to {missing[0]}: {', '.join(near)}"
+                    )
+                rows += parquet.read(columns=[column for column in present if column != "image"]).to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file}: not readable as parquet ({str(error).splitlines()[0]})") from None
+    if card.is_file():
+        digest.update(card.read_bytes())
+    if not rows:
+        raise UserError(f"{folder}: the benchmark has no questions")
+    ids = Counter(row["id"] for row in rows)
+    twice = [row_id for row_id, count in ids.items() if count > 1]
+    if twice:
+        raise UserError(f"{folder}: {len(twice)} question ids occur more than once, for instance {twice[0]}")
+    for row in rows:
+        if not row["answers"] or (metric == "option_letter" and not row["answer_letter"]):
+            raise UserError(f"{folder}: question {row['id']} has no answer for the metric {metric}")
+    suffix = declared.get("prompt_suffix", SUFFIX_OF_METRIC[metric])
+    return Benchmark(name, folder, split, metric, suffix, digest.hexdigest()[:16], rows)
+
+
+# ---------------------------------------------------------------------------------------------- controls
+
+
+def wrong_pictures(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[dict[int, int], int]:
+    """For each question the row whose picture it gets instead, and how many had to look beyond their own form.
+
+    The other row has the same question form, another picture and none of the right answers; where no such row
+    exists, any form serves. Depends on (seed, question id) only. UserError where even that fails.
+    """
+    by_form: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        by_form[row["question_form"]].append(i)
+    right = [{normalize_answer(answer) for answer in row["answers"]} for row in rows]
+    everything = list(range(len(rows)))
+
+    def pick(i: int, candidates: list[int], generator: random.Random) -> int | None:
+        def fits(j: int) -> bool:
+            return rows[j]["picture_id"] != rows[i]["picture_id"] and right[i].isdisjoint(right[j])
+
+        for _ in range(32):  # nearly always enough; the full search below is for rare forms
+            j = generator.choice(candidates)
+            if fits(j):
+                return j
+        fitting = [j for j in candidates if fits(j)]
+        return generator.choice(fitting) if fitting else None
+
+    chosen, num_other_form = {}, 0
+    for i, row in enumerate(rows):
+        generator = random.Random(f"{seed}/{row['id']}")
+        j = pick(i, by_form[row["question_form"]], generator)
+        if j is None:
+            num_other_form += 1
+            j = pick(i, everything, generator)
+        if j is None:
+            raise UserError(f"wrong_picture: no row has another picture and another answer than question {row['id']}")
+        chosen[i] = j
+    return chosen, num_other_form
+
+
+_OPTION_LINE = re.compile(r"^[A-Z]\. ")
+
+
+def _bare(prompt: str) -> str:
+    """A prompt without picture markers, option lines and white space, to find equal questions by."""
+    lines = [line for line in prompt.replace("<image>", " ").split("\n") if not _OPTION_LINE.match(line)]
+    return " ".join(" ".join(lines).lower().split())
+
+
+class TrainingAnswers:
+    """Answers by question over the tuning conversations: what an assistant says that knows the question's text only."""
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._answers: dict[str, list[str]] = defaultdict(list)
+        self._digest = hashlib.sha256()
+        for file in files:
+            self._read(Path(file))
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+    def _read(self, file: Path) -> None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"train_conversations: {file} cannot be read ({error.strerror})") from None
+        self._digest.update(text.encode())
+        try:
+            jsonl = file.suffix == ".jsonl"
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()] if jsonl else json.loads(text)
+        except ValueError as error:
+            raise UserError(f"train_conversations: {file} is not JSON ({error})") from None
+        for row in rows:
+            turns = [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or "")
+                     for turn in row.get("conversations", [])]  # fmt: skip
+            for (speaker, question), (answerer, answer) in zip(turns, turns[1:], strict=False):
+                if speaker in ("human", "user") and answerer in ("gpt", "assistant") and answer.strip():
+                    self._answers[_bare(question)].append(answer.strip())
+
+    def majority(self, benchmark: Benchmark) -> list[str] | None:
+        """The most frequent training answer for each row's question; None without any.
+
+        A question that training never asked falls back to all training questions of its form, then to all that end
+        in the same prompt suffix, then to all.
+        """
+        if not self._answers:
+            return None
+        keys = [_bare(build_prompt(row["question"], (), benchmark.prompt_suffix)) for row in benchmark.rows]
+        forms: dict[str, dict[str, None]] = defaultdict(dict)
+        for row, key in zip(benchmark.rows, keys, strict=True):
+            forms[row["question_form"]][key] = None
+        suffix = _bare(benchmark.prompt_suffix)
+        alike = [text for key, texts in self._answers.items() if key.endswith(suffix) for text in texts]
+        fallback = most_frequent(alike) or most_frequent(text for texts in self._answers.values() for text in texts)
+        of_form = {
+            form: most_frequent(text for key in members for text in self._answers.get(key, ()))
+            for form, members in forms.items()
+        }
+        return [
+            most_frequent(self._answers.get(key, ())) or of_form[row["question_form"]] or fallback
+            for row, key in zip(benchmark.rows, keys, strict=True)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_benchmark(folder: str | Path, rows: Iterable[Mapping[str, Any]], card: Mapping[str, Any]) -> Path:
+    """Parquet in the schema above plus `benchmark.json`; `image` is {"bytes", "path"}. Missing fields are filled."""
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features(
+        id=text, picture_id=text, image=datasets.Image(), question=text, question_form=text,
+        answers=datasets.List(text), options=datasets.List(text), answer_letter=text, attribute=text,
+        print_height=datasets.Value("float64"), seen_in_train=datasets.Value("bool"),
+    )  # fmt: skip
+    filled = {"options": [], "answer_letter": "", "attribute": "", "print_height": float("nan"), "seen_in_train": None}
+    table = datasets.Dataset.from_list([{**filled, **row} for row in rows], features=features)
+    folder = Path(folder)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / "data" / f"{card.get('split', 'test')}-00000-of-00001.parquet")
+    (folder / "benchmark.json").write_text(json.dumps(dict(card), indent=1), encoding="utf-8")
+    return folder
+
+
+def convert_val_jsonl(jsonl: str | Path, out_dir: str | Path, image_root: str | Path | None = None) -> list[Path]:
+    """Rows {id, image, question, answers, metric, source} to one benchmark folder per source, `out_dir/<source>`.
+
+    Images are relative to `image_root` (default: the file's folder). A source with two metrics gets two folders.
+    The picture's file is its identity, `attribute` is the source, questions asked often are their own form.
+    """
+    jsonl, out_dir = Path(jsonl), Path(out_dir)
+    image_root = Path(image_root) if image_root is not None else jsonl.parent
+    try:
+        lines = jsonl.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"convert: {jsonl} cannot be read ({error.strerror})") from None
+    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = [key for key in ("id", "image", "question", "answers", "metric", "source") if key not in row]
+        except ValueError as error:
+            raise UserError(f"{jsonl}, line {number}: not JSON ({error})") from None
+        if missing:
+            raise UserError(f"{jsonl}, line {number}: {', '.join(missing)} missing")
+        if row["metric"] not in METRIC_NAMES:
+            near = difflib.get_close_matches(row["metric"], METRIC_NAMES, n=1, cutoff=0.0)[0]
+            raise UserError(f"{jsonl}, line {number}: metric {row['metric']!r} is not known; nearest: {near}")
+        if not (image_root / row["image"]).is_file():
+            raise UserError(f"{jsonl}, line {number}: picture {image_root / row['image']} does not exist")
+        groups[row["source"], row["metric"]].append(row)
+    if not groups:
+        raise UserError(f"{jsonl}: no rows")
+    metrics_of = Counter(source for source, _ in groups)
+    folders = []
+    for (source, metric), rows in groups.items():
+        asked = Counter(_bare(row["question"]) for row in rows)
+        converted = (
+            {
+                "id": str(row["id"]),
+                "picture_id": row["image"],
+                "image": {"bytes": (image_root / row["image"]).read_bytes(), "path": row["image"]},
+                "question": row["question"],
+                "question_form": _bare(row["question"]) if asked[_bare(row["question"])] >= 5 else source,
+                "answers": [str(answer) for answer in row["answers"]],
+                "options": [str(option) for option in row.get("options", [])],
+                "answer_letter": row.get("answer_letter", ""),
+                "attribute": source,
+                "seen_in_train": row.get("seen_in_train"),
+            }
+            for row in rows
+        )
+        name = source if metrics_of[source] == 1 else f"{source}_{metric}"
+        suffix = SUFFIX_OF_METRIC[metric]
+        card = {"metric": metric, "prompt_suffix": suffix, "split": "test", "source": jsonl.name}
+        folders.append(write_benchmark(out_dir / name, converted, card))
+    return folders

@@ -1,0 +1,336 @@
+"""The assistant: encoder, 2-layer MLP connector and causal language model as a stock Llava or LlavaNext (paper 4.3, figure 5).
+
+`build_assistant` sets what stock defaults get wrong for AIMv2: normalised features of all patches, nothing cropped away, end
+and pad tokens that generation obeys. `AssistantForTraining` adds the loss as a sum and a count, and cached encoder features.
+
+Shapes: B batch, S sequence, K views of all pictures together, I pictures, N patches of a view, D width, C channels, H, W.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aimv2_vlm.config import UserError
+
+if TYPE_CHECKING:
+    from aimv2_vlm.data.tiling import Tiling
+
+PARTS = ("encoder", "connector", "llm")
+IGNORED = -100
+
+
+def build_assistant(
+    encoder: nn.Module | str | Path,
+    llm: nn.Module | str | Path | None = None,
+    tiling: Tiling | str = "1x1",
+    *,
+    tokenizer: Any = None,
+    llm_config: dict | None = None,
+    template: str = "llama3",
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+    pad_square: bool = True,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    max_new_tokens: int = 128,
+) -> tuple[nn.Module, Any]:
+    """(model, processor): a `Llava…` for one view, a `LlavaNextForConditionalGeneration` for tiles, and its stock processor.
+
+    encoder: an Aimv2VisionModel (used as it is, weights untouched) or a checkpoint of any layout.
+    llm: a causal language model, its path or name; None makes a Llama from `llm_config` (LlamaConfig's keys; sizes of the
+    vocabulary and special ids come from the tokenizer), drawn from torch's global generator.
+    tokenizer: fast tokenizer or its path; default: the llm's own. template: llama3 | vicuna | plain | own.
+    tiling: "RxC", or a Tiling for more. image_mean, image_std: default: those of the encoder's checkpoint.
+    Raises UserError.
+    """
+    # The one function where a model meets its processor; models and data know nothing of each other elsewhere.
+    from aimv2_vlm.data import chat, tiling as tilings
+
+    if not isinstance(encoder, nn.Module):
+        from aimv2_vlm.models.encoder import load_encoder
+
+        path, encoder = encoder, load_encoder(encoder, attention=attention)
+        if image_mean is None or image_std is None:
+            image_mean, image_std = image_statistics(path)
+    if image_mean is None or image_std is None:
+        raise UserError("build_assistant: image_mean and image_std are the encoder's; give those it was trained with")
+    if isinstance(tiling, str):
+        sizes = dict(tile_size=encoder.config.image_size, patch_size=encoder.config.patch_size)
+        tiling = tilings.Tiling.parse(tiling, pad_square=pad_square, **sizes)
+    if tiling.tile_size != encoder.config.image_size or tiling.patch_size != encoder.config.patch_size:
+        raise UserError(f"tiling: tiles of {tiling.tile_size} px with patches of {tiling.patch_size}, but the encoder takes "
+                        f"{encoder.config.image_size} px with patches of {encoder.config.patch_size}")
+
+    tokenizer = _open_tokenizer(llm if tokenizer is None else tokenizer)
+    image_token = chat.prepare_tokenizer(tokenizer)
+    format_ = chat.ChatFormat(tokenizer, chat.chat_template(template, image_token, tokenizer.chat_template), image_token)
+    processor = chat.build_processor(
+        tokenizer, tilings.image_processor(tiling, image_mean, image_std), tiling.patch_size, format_.template, image_token
+    )
+    llm = _open_llm(llm, llm_config, tokenizer, attention, dtype)
+    _grow_embeddings(llm, len(tokenizer))
+    pinpoints = None if tiling.single else [list(tiling.resolution)]
+    model = _join(encoder.to(dtype), llm, pinpoints, format_.image_token_id, tiling.patches_per_view)
+    model.generation_config.update(
+        eos_token_id=format_.stop_ids, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens,
+    )
+    return model, processor
+
+
+def image_statistics(path: str | Path) -> tuple[list[float], list[float]]:
+    """(mean, std) that belong to an encoder's checkpoint, from its processor's file. Raises UserError."""
+    from aimv2_vlm.models.encoder import locate
+
+    folder = locate(path)
+    folder = folder if folder.is_dir() else folder.parent
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            config = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        config = config.get("image_processor", config)
+        if "image_mean" in config and "image_std" in config:
+            return list(config["image_mean"]), list(config["image_std"])
+    raise UserError(f"{folder}: no preprocessor_config.json with image_mean and image_std; give them by hand")
+
+
+def check_context(model: nn.Module, num_image_tokens: int, prompt_tokens: int, max_new_tokens: int = 0) -> None:
+    """Raises UserError when a picture, its prompt and the answer do not fit into the decoder's positions."""
+    positions = getattr(_assistant(model).config.text_config, "max_position_embeddings", None)
+    needed = num_image_tokens + prompt_tokens + max_new_tokens
+    if positions is not None and needed > positions:
+        raise UserError(f"tiling: {num_image_tokens} tokens of a picture, {prompt_tokens} of its prompt and {max_new_tokens} new "
+                        f"ones make {needed}, the decoder has {positions} positions; use fewer tiles or another decoder")
+
+
+def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    """Normalised encoder features (K, N, D) of K views; no gradients unless the encoder is trainable."""
+    encoder = _assistant(model).model.vision_tower
+    trainable = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+    with torch.set_grad_enabled(trainable):
+        parts = [encoder(pixel_values=part).last_hidden_state for part in pixels_KCHW.split(batch_size or len(pixels_KCHW))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class AssistantForTraining(nn.Module):
+    """The stock assistant with the loss of the paper's tuning as (sum, count) over supervised tokens.
+
+    Everything with parameters runs inside a module's own forward, so that wrappers which gather parameters there (DDP, FSDP,
+    ZeRO-3) work; a batch without any picture sends an empty one through, so that no rank misses a collective.
+    """
+
+    def __init__(self, assistant: nn.Module) -> None:
+        super().__init__()
+        self.assistant = assistant
+
+    def train(self, mode: bool = True) -> AssistantForTraining:
+        super().train(mode)
+        encoder = self.assistant.model.vision_tower
+        encoder.train(mode and any(p.requires_grad for p in encoder.parameters()))
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        image_sizes: list[list[int]] | None = None,
+        views_per_image: list[int] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """{"text_sum", "text_count"}: cross-entropy over supervised tokens and their number.
+
+        input_ids, attention_mask, labels (B, S), labels aligned with the ids, IGNORED where nothing is learned; weights (B):
+        rows of weight 0 count nothing. Pictures in order of their placeholders: pixel_values (K, C, H, W), or features
+        (K, N, D) as `encode_views` gives them; image_sizes I x (height, width), views_per_image I (both for tiles only).
+        """
+        if features is None:
+            features = encode_views(self.assistant, self._views(pixel_values))
+        pictures = _ProjectedPictures(self.assistant.model, features, pixel_values, image_sizes, views_per_image)
+        hidden_BSD = self.assistant.model(
+            input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs={"image": pictures}, use_cache=False
+        ).last_hidden_state
+        targets_BS = labels[:, 1:]
+        supervised_BS = targets_BS != IGNORED
+        if weights is not None:
+            supervised_BS = supervised_BS & (weights > 0)[:, None]
+        logits = self.assistant.lm_head(hidden_BSD[:, :-1][supervised_BS])  # the vocabulary only where it is needed
+        text_sum = F.cross_entropy(logits.float(), targets_BS[supervised_BS], reduction="sum")
+        return {"text_sum": text_sum, "text_count": supervised_BS.sum()}
+
+    def _views(self, pixels_KCHW: torch.Tensor | None) -> torch.Tensor:
+        if pixels_KCHW is not None and len(pixels_KCHW):
+            return pixels_KCHW
+        config, weight = self.assistant.config.vision_config, next(self.assistant.model.vision_tower.parameters())
+        return weight.new_zeros(1, config.num_channels, config.image_size, config.image_size)
+
+
+class _ProjectedPictures:
+    """Stands for the stock class of image outputs: the model's forward asks for `pooler_output`, and only then are features
+    projected and packed, inside the forward of the module that owns `image_newline`."""
+
+    def __init__(self, model: nn.Module, features_KND, pixel_values, image_sizes, views_per_image) -> None:
+        self.model, self.features_KND = model, features_KND
+        self.image_sizes, self.views_per_image = image_sizes, views_per_image
+        self.none = len(features_KND) == 0 or (pixel_values is not None and len(pixel_values) == 0)
+
+    @property
+    def pooler_output(self) -> list[torch.Tensor]:
+        features_KND = self.features_KND
+        if not len(features_KND):
+            config = self.model.config.vision_config
+            patches = (config.image_size // config.patch_size) ** 2
+            features_KND = features_KND.new_zeros(1, patches, config.hidden_size)
+        projected_KND = self.model.multi_modal_projector(features_KND)
+        newline = getattr(self.model, "image_newline", None)
+        if self.none:
+            nothing = projected_KND.flatten(0, 1)[:0]
+            return [nothing if newline is None else torch.cat([nothing, newline[None][:0].to(nothing)])]
+        if newline is None:
+            return list(projected_KND)
+        packed, _ = self.model.pack_image_features(
+            projected_KND.split(self.views_per_image), self.image_sizes, vision_feature_select_strategy="full",
+            image_newline=newline,
+        )
+        return packed
+
+
+# ------------------------------------------------------------------------------------------------------------------ parts
+
+
+def part_of(name: str) -> str:
+    """encoder | connector | llm of a parameter's name. LlavaNext's bare `image_newline` belongs to the connector."""
+    pieces = name.split(".")
+    if "vision_tower" in pieces:
+        return "encoder"
+    return "connector" if "multi_modal_projector" in pieces or "image_newline" in pieces else "llm"
+
+
+def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
+    """The only freeze switch: exactly these parts learn. Returns the number of trainable parameters of each part."""
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise UserError(f"trainable: {', '.join(unknown)} is unknown; choose from {', '.join(PARTS)}")
+    if not parts:
+        raise UserError(f"trainable: is empty; name at least one of {', '.join(PARTS)}")
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts)
+        counts[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+    model.train(model.training)
+    return counts
+
+
+def parameter_groups_by_part(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable (name, parameter) pairs of each part, in the model's order; parts without any are left out."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(part_of(name), []).append((name, parameter))
+    return groups
+
+
+def _assistant(model: nn.Module) -> nn.Module:
+    """The stock model inside AssistantForTraining and inside wrappers that keep it as `.module`."""
+    while not hasattr(model, "generation_config"):
+        model = model.assistant if isinstance(model, AssistantForTraining) else model.module
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------- building
+
+
+def _open_tokenizer(tokenizer: Any) -> Any:
+    if tokenizer is None or isinstance(tokenizer, nn.Module):
+        raise UserError("build_assistant: a tokenizer is needed unless llm is a path that holds one")
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        opened = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm: {tokenizer}: no tokenizer: {str(error).strip().splitlines()[0]}") from None
+    if not opened.is_fast:
+        raise UserError(f"llm: {tokenizer}: its tokenizer has no fast version, which assembling ids needs")
+    return opened
+
+
+def _open_llm(llm: Any, config: dict | None, tokenizer: Any, attention: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if isinstance(llm, nn.Module):
+        return llm.to(dtype)
+    if llm is None:
+        if config is None:
+            raise UserError("llm: neither a path nor the sizes of a new one")
+        made = LlamaConfig(**config, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        made._attn_implementation = attention
+        return LlamaForCausalLM(made).to(dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm: {llm}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _grow_embeddings(llm: nn.Module, num_tokens: int) -> None:
+    """Rows for added tokens, a multiple of 64 in all, new ones the mean of the old. Nothing where the rows suffice."""
+    old = llm.get_input_embeddings().weight.shape[0]
+    if num_tokens <= old:
+        return
+    llm.resize_token_embeddings(num_tokens, pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight)
+
+
+def _join(encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int) -> nn.Module:
+    """The stock model around existing parts; only the connector is new (torch's default initialisation)."""
+    from transformers import (
+        LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration,
+    )
+
+    # The features are the normalised ones of all patches: Llava reads `hidden_states`, whose last entry must be them.
+    encoder.config.tie_last_hidden_states = True
+    if encoder.config.use_head:
+        encoder.config.use_head = encoder.use_head = False
+        del encoder.head
+    common = dict(
+        vision_config=encoder.config, text_config=llm.config, image_token_index=image_token_id, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", projector_hidden_act="gelu", image_seq_length=num_patches,
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):  # the parts are put in place, so an 8B decoder is never made twice
+        if pinpoints is None:
+            model = LlavaForConditionalGeneration(LlavaConfig(**common))
+        else:
+            model = LlavaNextForConditionalGeneration(LlavaNextConfig(**common, image_grid_pinpoints=pinpoints))
+    if type(model.model.language_model) is not type(llm.base_model):
+        raise UserError(f"llm: {type(llm).__name__} does not fit into {type(model).__name__}")
+    dtype = next(llm.parameters()).dtype
+    model.model.vision_tower, model.model.language_model, model.lm_head = encoder, llm.base_model, llm.get_output_embeddings()
+    model.config.vision_config, model.config.text_config = encoder.config, llm.config
+    connector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    for layer in _linears(connector):
+        layer.reset_parameters()
+    if pinpoints is not None:
+        width = llm.config.hidden_size
+        model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
+    model.config.dtype = dtype
+    model.tie_weights()
+    return model
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Linear]:
+    return (child for child in module.modules() if isinstance(child, nn.Linear))

@@ -1,0 +1,258 @@
+"""Recipes: YAML -> the dataclasses of `config.py`, with `base:`, `key=value` overrides and errors that name the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2_vlm import config
+from aimv2_vlm.config import UserError
+
+FOLDERS = {"pretrain": config.PretrainRecipe, "sft": config.SftRecipe, "eval": config.EvalConfig}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1 and reads `1e-4` as text; this one has YAML 1.2's float rule and refuses doubled keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"{self.name}: line {key_node.start_mark.line + 1}: key '{key}' stands twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file as a mapping; UserError with file and line when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        loaded = loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{name}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{name}: not valid YAML ({type(error).__name__})") from None
+    finally:
+        loader.dispose()
+    return {} if loaded is None else loaded
+
+
+def recipes_dir(verb: str) -> Path:
+    """Folder of the recipes that ship with the package (a checkout's, or the wheel's)."""
+    folder = {"pretrain": "pretrain", "sft": "sft_recipes", "eval": "eval_configs"}[verb]
+    inside = Path(__file__).parent / "recipes" / folder
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
+
+
+def find_recipe(verb: str, name: str) -> Path:
+    """`name` as a file, or as a recipe that ships with the package (with or without `.yaml`)."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    shipped = {path.stem: path for path in sorted(recipes_dir(verb).glob("*.yaml"))}
+    if given.stem in shipped and given.name in (given.stem, given.stem + ".yaml"):
+        return shipped[given.stem]
+    near = difflib.get_close_matches(given.stem, shipped, n=3) or sorted(shipped)[:3]
+    hint = f"; shipped recipes: {', '.join(near)} …" if near else ""
+    raise UserError(f"{name}: no such recipe file{hint} (see `aimv2-vlm recipes list`)")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge, lists and scalars replace, null removes (the default comes back)."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _load_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: base: leads back to itself ({' -> '.join(p.name for p in (*seen, path))})")
+    raw = load_yaml(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise UserError(f"{path}: base: {base} does not exist beside it")
+    return merge(_load_with_base(base_path, (*seen, path)), raw)
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`a.b=value` words of the command line as a nested mapping; values are read as YAML."""
+    tree: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{word}': overrides are written key=value, e.g. optim.lr=1e-4")
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"'{word}': {parent} was already given a plain value")
+        node[last] = parse_yaml(value, f"override {key}") if value != "" else ""
+    return tree
+
+
+def _set_override(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    # Unlike in a file, `key=null` on the command line is a value.
+    merged = dict(raw)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _set_override(merged[key], value)
+        elif isinstance(merged.get(key), list) and isinstance(value, dict) and all(k.isdigit() for k in value):
+            items = list(merged[key])
+            for index, item in value.items():
+                if int(index) >= len(items):
+                    raise UserError(f"override {key}.{index}: the recipe has {len(items)} entries there (count from 0)")
+                old = items[int(index)]
+                items[int(index)] = _set_override(old, item) if isinstance(old, dict) and isinstance(item, dict) else item
+            merged[key] = items
+        else:
+            merged[key] = value
+    return merged
+
+
+def _build(cls: type, raw: Any, where: str, file: str, default: Any = None) -> Any:
+    """`raw` over `default` as an instance of dataclass `cls`; every error names file and key."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: {where or 'the recipe'}: expected a mapping of keys, got {raw!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise UserError(f"{file}: unknown key '{name}'; the nearest valid key is '{_join(where, near[0])}'")
+        allowed = fields[key].metadata.get("choices")
+        if allowed and value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
+            raise UserError(f"{file}: {name}: {value!r} is none of {', '.join(allowed)}; did you mean {near[0]}?")
+        values[key] = _coerce(hints[key], value, name, file, _default(fields[key]))
+    return dataclasses.replace(default, **values) if default is not None else cls(**values)
+
+
+def _default(spec: dataclasses.Field) -> Any:
+    return spec.default_factory() if spec.default_factory is not dataclasses.MISSING else None
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _coerce(hint: Any, value: Any, where: str, file: str, default: Any = None) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options:
+            if option is str and isinstance(value, str) or typing.get_origin(option) is list and isinstance(value, list):
+                return _coerce(option, value, where, file)
+        return _coerce(options[0], value, where, file)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, file, default)
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{file}: {where}: expected a list, got {value!r}")
+        return [_coerce(args[0], item, f"{where}.{i}", file) for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: {where}: expected a mapping, got {value!r}")
+        return {str(k): _coerce(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value == int(value):
+        return int(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{file}: {where}: expected {hint.__name__}, got {value!r}")
+
+
+def _substitute(value: Any, data_root: str | None, file: str, where: str = "") -> Any:
+    """`{data_root}` in any string; nothing else in braces is touched (they are brace globs)."""
+    if isinstance(value, str) and "{data_root}" in value:
+        if not data_root:
+            raise UserError(f"{file}: {where}: needs data_root; add data_root=/path/to/data to the command")
+        return value.replace("{data_root}", data_root.rstrip("/"))
+    if isinstance(value, dict):
+        return {k: _substitute(v, data_root, file, _join(where, str(k))) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v, data_root, file, f"{where}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def load_recipe(verb: str, name: str, overrides: list[str] = ()) -> Any:
+    """The recipe `name` of `verb` (pretrain, sft, eval) with `base:` files and `overrides` applied, checked key by key.
+
+    Raises UserError naming file and key; nothing heavy has been imported by then.
+    """
+    path = find_recipe(verb, name)
+    raw = _set_override(_load_with_base(path), parse_overrides(list(overrides)))
+    raw = _substitute(raw, raw.get("data_root"), str(path))
+    recipe = _build(FOLDERS[verb], raw, "", str(path))
+    if recipe.out is None:
+        recipe.out = f"runs/{path.stem}"
+    return recipe
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def dump(recipe: Any) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """The keys in which two resolved recipes differ, as `key: old -> new`."""
+    lines = []
+    for key in sorted(set(old) | set(new), key=str):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, _join(where, str(key)))
+        elif a != b:
+            lines.append(f"{_join(where, str(key))}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,161 @@
+"""The run directory: what it holds, who may write to it, and whether a second start goes on or is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2_vlm import recipe as recipes
+from aimv2_vlm.config import UserError
+
+# Keys that never change what is computed, so a run may go on with other values.
+FREE_KEYS = ("train.", "optim.micro_batch_size", "out", "encoder.cache", "encoder.batch_size")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
+            "simplejpeg", "pillow", "numpy", "lmms_eval")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Temporary name, fsync, rename: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("aimv2_vlm", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this package runs from, None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+class RunDirectory:
+    """`recipe.yaml`, `environment.json`, `metrics.jsonl`, `data_report.json`, `checkpoints/` and `final/` of one run."""
+
+    def __init__(self, out: str | Path, resolved: Any, restart: bool = False, is_main: bool = True, world: int = 1):
+        self.path = Path(out)
+        self.is_main = is_main
+        self._lock = None
+        if not is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: the run directory cannot be made ({error.strerror}); choose another out=") from None
+        self._acquire()
+        if restart:
+            self._clear()
+        self._check_recipe(resolved)
+        write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
+        self._write_environment(resolved, world)
+
+    def _acquire(self) -> None:
+        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise UserError(f"{self.path}: {owner} is working in this run directory; wait for it or choose another out=") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def _check_recipe(self, resolved: Any) -> None:
+        saved = self.path / "recipe.yaml"
+        if not saved.exists():
+            return
+        changed = [line for line in recipes.differences(recipes.load_yaml(saved), yaml.safe_load(recipes.dump(resolved)))
+                   if not line.startswith(FREE_KEYS)]
+        if changed:
+            raise UserError(f"{saved}: the run was started with another recipe ({'; '.join(changed)}); "
+                            "use the old values, another out=, or --restart to begin anew")
+
+    def _write_environment(self, resolved: Any, world: int) -> None:
+        facts = {"versions": versions(), "git_commit": git_commit(), "seed": resolved.seed, "world": world,
+                 "machine": platform.machine(), "processor": processor(), "cores": os.cpu_count(), "argv": sys.argv[1:]}
+        write_atomically(self.path / "environment.json", json.dumps(facts, indent=1))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def finished(self) -> bool:
+        """`final/` gets its name only when it is whole (`publish`)."""
+        return self.final.is_dir()
+
+    def publish(self, write: Any) -> None:
+        """Fill a temporary folder with `write(folder)`, then give it the name `final`."""
+        temporary = self.path / ".final.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        sync_tree(temporary)
+        os.replace(temporary, self.final)
+
+    def write_json(self, name: str, content: Any) -> None:
+        if self.is_main:
+            write_atomically(self.path / name, json.dumps(content, indent=1, ensure_ascii=False))
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, so that a rename after it publishes whole files."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _fsync(os.path.join(parent, name))
+        _fsync(parent)
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    except OSError:
+        return platform.machine()

@@ -1,0 +1,272 @@
+"""The one training loop: any objective, any placement, exact continuation.
+
+A step takes all its micro-batches first, adds the integer counts over processes once, and back-propagates
+`world * sum_k weight_k * sum_k / count_k`, so that the gradient does not depend on how the batch is cut (design, decision 3).
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from aimv2_vlm.config import Loop, Optimizer, UserError
+from aimv2_vlm.train import checkpoint
+from aimv2_vlm.train.directory import RunDirectory
+from aimv2_vlm.train.distributed import Placement
+from aimv2_vlm.train.metrics import MetricsLog, Progress, say
+from aimv2_vlm.train.objectives import Batch, TrainingObjective
+from aimv2_vlm.train.optim import learning_rate
+
+JUDGED_SAMPLES, FIRST_JUDGEMENT = 10_000, 1_000
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start the same command again
+
+
+class Stopped(Exception):
+    """The run left early on purpose (signal or `train.stop_after`); everything is saved."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT leaves at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+@dataclass
+class BadSamples:
+    """Bad samples met while training: named, counted by reason, judged over the last 10,000 (formats.md)."""
+
+    max_fraction: float
+    total: int = 0
+    named: list[str] = field(default_factory=list)
+    window: deque = field(default_factory=deque)  # (samples, bad) of each recent step
+    seen: int = 0
+
+    def add(self, samples: int, bad: int, names: list[str]) -> None:
+        self.total += bad
+        self.named += names[: max(0, 1000 - len(self.named))]
+        self.seen += samples
+        self.window.append((samples, bad))
+        while sum(s for s, _ in self.window) - self.window[0][0] >= JUDGED_SAMPLES:
+            self.window.popleft()
+
+    def check(self) -> None:
+        judged, bad = sum(s for s, _ in self.window), sum(b for _, b in self.window)
+        if self.seen >= FIRST_JUDGEMENT and bad > self.max_fraction * judged:
+            raise UserError(
+                f"data: {bad} of the last {judged} samples are bad, above max_bad_fraction {self.max_fraction:g} "
+                f"(latest: {self.named[-1] if self.named else 'unnamed'}); see data_report.json, mend the data or raise data.max_bad_fraction"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "named": self.named, "window": [list(w) for w in self.window], "seen": self.seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.total, self.named, self.seen = state["total"], list(state["named"]), state["seen"]
+        self.window = deque((s, b) for s, b in state["window"])
+
+
+class StepDataset(Dataset):
+    """Item `step` = this process's micro-batches of that step; how many workers fetch them changes nothing."""
+
+    def __init__(self, micro_batches: Callable[[int], list[Batch]], num_steps: int):
+        self.micro_batches, self.num_steps = micro_batches, num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.micro_batches(step)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fetch_steps(dataset: StepDataset, start: int, num_workers: int) -> Iterator[list[Batch]]:
+    loader = DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=num_workers,
+                        prefetch_factor=2 if num_workers else None, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
+    yield from loader
+
+
+def global_slice(step: int, batch_size: int, placement: Placement) -> range:
+    """Positions of this process in `step`: contiguous, so that every world size reads the same global batch."""
+    share = batch_size // placement.world
+    first = step * batch_size + placement.rank * share
+    return range(first, first + share)
+
+
+def check_batch(optim: Optimizer, placement: Placement) -> None:
+    if optim.batch_size % placement.world:
+        raise UserError(f"optim.batch_size: {optim.batch_size} is not a multiple of {placement.world} processes")
+
+
+def weighted_loss(objective: TrainingObjective, sums: dict[str, Any], counts: dict[str, int]) -> Any:
+    return sum(weight * sums[term] / max(1, counts[term]) for term, weight in objective.weights.items())
+
+
+def run_step(
+    objective: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch],
+    counts: dict[str, int], placement: Placement, clip: float,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One optimizer step. counts: of the whole global batch. Returns this process's sums and the gradient norm."""
+    totals: dict[str, torch.Tensor] = {}
+    for i, batch in enumerate(micro_batches):
+        with placement.accumulate(model, last=i == len(micro_batches) - 1):
+            with placement.autocast():
+                sums = objective.sums(model, batch, placement.device)
+            placement.backward(model, placement.world * weighted_loss(objective, sums, counts))
+        for term, value in sums.items():
+            totals[term] = totals.get(term, 0) + value.detach().float()
+    return totals, placement.step(model, optimizer, clip)
+
+
+def add_counts(objective: TrainingObjective, batches: Iterable[Batch]) -> dict[str, int]:
+    total: Counter[str] = Counter(dict.fromkeys(("samples", "tokens", "bad", *objective.weights), 0))
+    for batch in batches:
+        total.update(objective.counts(batch))
+        total["bad"] += len(batch["bad"])
+    return dict(total)
+
+
+def losses(objective: TrainingObjective, sums: dict[str, torch.Tensor], counts: dict[str, int], placement: Placement) -> dict[str, float]:
+    """Mean of every term over all processes, and `loss`; one transfer to the host."""
+    names = sorted(sums)
+    values = placement.sum_tensor(torch.stack([sums[n].double() for n in names])).tolist()
+    means = {n: v / max(1, counts[objective.logged.get(n, n)]) for n, v in zip(names, values, strict=True)}
+    total = sum(weight * means[term] for term, weight in objective.weights.items())
+    return {"loss": total} | ({f"{n}_loss": means[n] for n in names} if len(objective.weights) > 1 else {})
+
+
+@torch.no_grad()
+def validate(objective: TrainingObjective, model: torch.nn.Module, batches: Iterable[Batch], placement: Placement) -> dict[str, float]:
+    """Held-out losses under the names `val_<term>_loss`; model and batches as in training, no gradients."""
+    model.eval()
+    sums: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts.update(add_counts(objective, [batch]))
+        with placement.autocast():
+            for term, value in objective.sums(model, batch, placement.device).items():
+                sums[term] = sums.get(term, 0) + value.float()
+    model.train()
+    return {f"val_{k}": v for k, v in losses(objective, sums, placement.sum_counts(dict(counts)), placement).items()}
+
+
+def train(
+    *, directory: RunDirectory, placement: Placement, objective: TrainingObjective, model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer, micro_batches: Callable[[int], list[Batch]], optim: Optimizer, loop: Loop,
+    fingerprint: dict[str, Any], compare: Callable[[dict[str, Any], dict[str, Any]], list[str]], changed: str = "refuse",
+    max_bad_fraction: float = 0.01, report: dict[str, Any] | None = None,
+    validation: Callable[[], dict[str, float]] | None = None, what: str = "training",
+) -> None:
+    """Train from the newest complete checkpoint (or the start) to `optim.steps`.
+
+    micro_batches(step) gives this process's micro-batches. Raises Stopped after a signal or `loop.stop_after` (a
+    checkpoint exists), UserError when data changed since the checkpoint or too many samples are bad.
+    """
+    bad = BadSamples(max_bad_fraction)
+    step, samples, tokens = 0, 0, 0
+    found = checkpoint.newest(directory.checkpoints)
+    if found is not None:
+        path, state = found
+        differences = compare(state["fingerprint"], fingerprint)
+        if differences and changed == "refuse":
+            raise UserError(f"{path}: the data changed since this checkpoint ({'; '.join(differences)}); bring the old data back, "
+                            "or set data.changed=append, or begin anew with --restart")
+        checkpoint.load(path, placement.state_tensors(model, optimizer), placement)
+        placement.after_load(model, optimizer)
+        step, samples, tokens = state["step"], state["samples"], state["tokens"]
+        bad.restore(state["bad"])
+        if placement.is_main:
+            say(f"{what}: going on from step {step} ({path})")
+    log = MetricsLog(directory.path, step, loop.trackers) if placement.is_main else None
+    progress = Progress(what, optim.steps, step, placement.is_main)
+
+    def save(stopped: str = "") -> None:
+        directory.write_json("data_report.json", {**(report or {}), "bad_samples_in_training": bad.total, "named": bad.named})
+        content = {"samples": samples, "tokens": tokens, "fingerprint": fingerprint, "world": placement.world,
+                   "bad": bad.state(), "stopped": stopped}
+        checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last)
+
+    model.train()
+    steps = fetch_steps(StepDataset(micro_batches, optim.steps), step, loop.num_workers)
+    saved_step = step
+    last_time, last_samples, waited = time.monotonic(), samples, 0.0
+    with StopSignals() as stop:
+        try:
+            while step < optim.steps:
+                before = time.monotonic()
+                batches = next(steps)
+                waited += time.monotonic() - before
+                counts = placement.sum_counts(add_counts(objective, batches) | {"stop": int(bool(stop.name))})
+                if counts["stop"]:
+                    if step > saved_step:
+                        save(stop.name or "signal")
+                    raise Stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
+                rate = learning_rate(step, optim)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["lr_scale"]
+                sums, norm = run_step(objective, model, optimizer, batches, counts, placement, optim.clip)
+                step, samples, tokens = step + 1, samples + counts["samples"], tokens + counts["tokens"]
+                names = placement.gather_strings([b for m in batches for b in m["bad"]]) if counts["bad"] else []
+                bad.add(counts["samples"], counts["bad"], names)
+                last = step == optim.steps
+                if step % loop.log_every == 0 or last:
+                    row = losses(objective, sums, counts, placement)
+                    now = time.monotonic()
+                    row |= {"lr": rate, "grad_norm": float(norm), "samples": samples, "tokens": tokens, "bad_samples": bad.total,
+                            "samples_per_s": (samples - last_samples) / (now - last_time), "data_wait": waited / (now - last_time)}
+                    last_time, last_samples, waited = now, samples, 0.0
+                    if log is not None:
+                        log.write({"step": step} | row)
+                    progress.update(step, f"loss {row['loss']:.3f}, {row['samples_per_s']:.0f} samples/s")
+                try:
+                    bad.check()
+                except UserError:
+                    save("too many bad samples")
+                    raise
+                if validation is not None and (step % loop.validate_every == 0 or last):
+                    row = validation()
+                    if log is not None:
+                        log.write({"step": step} | row)
+                if step % loop.save_every == 0 or last:
+                    save()
+                    saved_step = step
+                if loop.stop_after is not None and step >= loop.stop_after and not last:
+                    if step > saved_step:
+                        save("stop_after")
+                    raise Stopped(f"{what}: left after step {step} as train.stop_after says", 0)
+        finally:
+            progress.close()
+            if log is not None:
+                log.close()

@@ -1,0 +1,585 @@
+"""Laws of generation and sweeps, on tiny random assistants, through the real lmms-eval code."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFile
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.evaluation.generation import (
+    GenerationError,
+    Generator,
+    Picture,
+    Question,
+    load_assistant,
+    open_picture,
+    reduce_picture,
+    tiling_of,
+)
+
+torch.set_num_threads(1)
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+WORDS = "user assistant : ? . a b c what which is the colour of picture red blue green one two three cat dog house".split()
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", "<image>", *letters, *WORDS]))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int = 256) -> Path:
+    """A random Llava (one view of 28 px, 4 patches) or LlavaNext (2 x 2 tiles) in `folder`, as stock classes save it."""
+    from transformers import (
+        Aimv2VisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaImageProcessor,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer()
+    vision = Aimv2VisionConfig(
+        image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, use_head=False, tie_last_hidden_states=True,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    shared = dict(
+        vision_config=vision, text_config=text, image_token_id=4, vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    if tiles == 1:
+        model = LlavaForConditionalGeneration(LlavaConfig(**shared))
+        images = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size)
+        kind = LlavaProcessor
+    else:
+        pinpoints = [[28 * tiles, 28 * tiles]]
+        model = LlavaNextForConditionalGeneration(LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints))
+        images = LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=size, image_grid_pinpoints=pinpoints)
+        kind = LlavaNextProcessor
+    with torch.no_grad():  # larger picture features, so that answers depend on the picture
+        model.model.multi_modal_projector.linear_2.weight.mul_(30)
+    processor = kind(
+        image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_picture(index: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
+    """A picture of (height, width) pixels with stripes that depend on `index`."""
+    picture = Image.new("RGB", size[::-1], ((37 * index) % 256, (91 * index) % 256, (151 * index + 60) % 256))
+    draw = ImageDraw.Draw(picture)
+    for line in range(index % 5 + 1):
+        draw.rectangle([line * 9, 0, line * 9 + 4, size[0]], fill=((60 * line) % 256, 255 - 40 * line, (80 * index) % 256))
+    return picture
+
+
+@pytest.fixture(scope="module")
+def assistants(tmp_path_factory) -> dict[int, Path]:
+    root = tmp_path_factory.mktemp("assistants")
+    return {tiles: make_assistant(root / f"tiles{tiles}", tiles) for tiles in (1, 2)}
+
+
+PROMPTS = ["what is the colour ?", "which one is the picture of the red house ?\na . cat", "dog ?", "a b c one two three ?"]
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_batched_answers_equal_stock_answers_one_at_a_time(assistants, tiles):
+    model, processor = load_assistant(assistants[tiles], "fp32", "cpu")
+    images = [make_picture(i, size) for i, size in enumerate([(40, 56), (56, 40), (30, 90), (28, 28)])]
+    pairs = [(image, prompt) for prompt in PROMPTS for image in images]
+    stock = []
+    for image, prompt in pairs:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        stock.append(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert len(set(stock)) > 4, "the answers must differ, or equality shows nothing"
+
+    shared = Generator(model, processor, batch_size=5, max_new_tokens=6).answer([([i], p) for i, p in pairs])
+    assert shared == stock
+    plain = Generator(model, processor, batch_size=5, max_new_tokens=6, share_features=False)
+    assert plain.answer([([i], p) for i, p in pairs]) == stock
+
+
+def test_texts_without_pictures_and_pictures_mix_in_one_call(assistants):
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    questions = [([make_picture(1)], PROMPTS[0]), ([], PROMPTS[0]), ([make_picture(2), make_picture(3)], PROMPTS[2]), ([], PROMPTS[1])]
+    together = Generator(model, processor, batch_size=4, max_new_tokens=5).answer(questions)
+    alone = [Generator(model, processor, batch_size=1, max_new_tokens=5).answer([question])[0] for question in questions]
+    assert together == alone
+    assert together[0] != together[1], "the blind prompt is another prompt"
+
+
+def test_each_picture_is_encoded_once(assistants):
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    generator = Generator(model, processor, batch_size=2, max_new_tokens=2)
+    opened, encoded = [], []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: encoded.append(len(output[0])))
+    pictures = [Picture(i, lambda i=i: opened.append(i) or make_picture(i)) for i in range(3)]
+    generator.answer([Question(f"{word} ?", (pictures[i],)) for word in WORDS[:20] for i in range(3)])
+    assert sorted(opened) == [0, 1, 2] and sum(encoded) == 3
+    assert generator.tokens_seen == {0: 4, 1: 4, 2: 4}
+
+
+def test_one_bad_picture_or_prompt_is_its_own_error_only(assistants):
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    buffer = io.BytesIO()
+    make_picture(4, (80, 80)).save(buffer, "JPEG")
+    broken = Picture("broken", lambda: open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2]))
+    good = Picture("good", lambda: make_picture(5))
+    questions = [Question(PROMPTS[0], (good,)), Question(PROMPTS[0], (broken,)), Question("a " * 300, (good,)), Question(PROMPTS[1], (good,))]
+    for share in (True, False):
+        generator = Generator(model, processor, batch_size=4, max_new_tokens=4, share_features=share)
+        answers = generator.answer(questions)
+        assert isinstance(answers[1], GenerationError) and "broken" in str(answers[1])
+        assert isinstance(answers[2], GenerationError) and "256 positions" in str(answers[2])
+        assert answers[0] == generator.answer(questions[:1])[0] and answers[3] == generator.answer(questions[3:])[0]
+
+
+def test_control_tokens_typed_in_a_question_stay_text(assistants):
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    generator = Generator(model, processor, max_new_tokens=3)
+    question = Question("what is <image> and </s> ?", (Picture(0, lambda: make_picture(0)),))
+    ids = generator._prompt_ids(question)
+    assert ids.count(model.config.image_token_id) == 1 and 2 not in ids and ids.count(1) == 1
+    assert isinstance(generator.answer([question])[0], str)
+
+
+def test_source_size_brings_the_longer_side_down_and_changes_no_token_count(assistants):
+    assert reduce_picture(make_picture(0, (40, 80)), 20).size == (20, 10)
+    assert reduce_picture(make_picture(0, (8, 16)), 20).size == (16, 8)
+    model, processor = load_assistant(assistants[2], "fp32", "cpu")
+    counts = {}
+    for source_size in (None, 14):
+        generator = Generator(model, processor, max_new_tokens=2, source_size=source_size)
+        generator.answer([Question(PROMPTS[0], (Picture(0, lambda: make_picture(0, (56, 56))),))])
+        counts[source_size] = generator.tokens_seen[0]
+    assert counts[None] == counts[14] == 4 + 4 * (4 + 1)  # overview, then 4 x 4 patches with one newline a row
+
+
+def test_a_picture_longer_than_the_decoder_is_refused_at_load(tmp_path):
+    model, processor = load_assistant(make_assistant(tmp_path / "short", tiles=2, positions=20), "fp32", "cpu")
+    with pytest.raises(UserError, match="one picture takes 24 tokens, the decoder has 20 positions"):
+        Generator(model, processor)
+
+
+def test_another_grid_than_the_checkpoints_is_possible_for_tiles_only(assistants):
+    model, processor = load_assistant(assistants[2], "fp32", "cpu")
+    assert tiling_of(model) == "2x2"
+    generator = Generator(model, processor, max_new_tokens=2, tiling="1x2")
+    generator.answer([([make_picture(0, (28, 56))], PROMPTS[0])])
+    assert generator.tiling == "1x2" and list(generator.tokens_seen.values()) == [4 + 2 * (4 + 1)]
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    with pytest.raises(UserError, match="LlavaNext"):
+        Generator(model, processor, tiling="2x2")
+
+
+def test_unusable_checkpoints_are_refused_in_one_line(tmp_path, assistants):
+    with pytest.raises(UserError, match="config.json is missing"):
+        load_assistant(tmp_path / "nothing")
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(assistants[1], tmp_path / "incomplete")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.multi_modal_projector.linear_1.weight", None) or weights.pop("multi_modal_projector.linear_1.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 weights are missing.*linear_1"):
+        load_assistant(folder)
+    folder = shutil.copytree(assistants[1], tmp_path / "speechless")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat template"):
+        load_assistant(folder)
+    folder = shutil.copytree(assistants[1], tmp_path / "blind")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="processor"):
+        load_assistant(folder)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "I;16", "RGBA", "1"])
+def test_every_kind_of_picture_opens_as_rgb(mode, tmp_path):
+    buffer = io.BytesIO()
+    picture = Image.new("I;16", (9, 7), 40000) if mode == "I;16" else make_picture(3, (7, 9)).convert(mode)
+    picture.save(buffer, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
+    opened = open_picture(buffer.getvalue())
+    assert opened.mode == "RGB" and opened.size == (9, 7)
+    if mode == "I;16":
+        assert abs(opened.getpixel((3, 3))[0] - 40000 / 257) <= 1
+
+
+def test_truncated_and_oversized_pictures_raise_even_when_pillow_is_tolerant(monkeypatch):
+    buffer = io.BytesIO()
+    make_picture(3, (90, 90)).save(buffer, "JPEG")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match="truncated|cannot be decoded"):
+        open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    with pytest.raises(ValueError, match="90 x 90 pixels"):
+        open_picture(buffer.getvalue(), max_pixels=8000)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True, "the library's flag is left as it was"
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def make_rows(num_pictures: int = 5) -> list[dict]:
+    rows = []
+    for index in range(num_pictures):
+        for form, prompt in enumerate(PROMPTS[:2]):
+            rows.append(
+                {
+                    "id": f"q{index}-{form}",
+                    "picture_id": f"p{index}",
+                    "image": {"bytes": jpeg(make_picture(index)), "path": f"p{index}.jpg"},
+                    "question": prompt.split("\n")[0],
+                    "question_form": f"form{form}",
+                    "answers": [WORDS[10 + (index + form) % 4]],
+                    "attribute": ["color", "shape"][form],
+                }
+            )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def benchmark_root(tmp_path_factory) -> Path:
+    from aimv2_vlm.evaluation.benchmarks import write_benchmark
+
+    root = tmp_path_factory.mktemp("benchmarks")
+    write_benchmark(root / "set" / "words", make_rows(), {"metric": "anls", "prompt_suffix": "one word ."})
+    captions = [{**row, "answers": ["a red house .", "the cat"], "question": "what ?"} for row in make_rows()[::2]]
+    captions = [{**row, "answers": [f"{WORDS[17 + i]} {caption}" for caption in row["answers"]]} for i, row in enumerate(captions)]
+    write_benchmark(root / "set" / "captions", captions, {"metric": "cider"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tuning") / "train.json"
+    turns = [(PROMPTS[0] + "\none word .", answer) for answer in ["colour", "picture", "picture"]]
+    rows = [
+        {"id": i, "image": "x.jpg", "conversations": [{"from": "human", "value": f"<image>\n{q}"}, {"from": "gpt", "value": a}]}
+        for i, (q, a) in enumerate(turns)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def make_config(out: Path, root: Path, models: dict[str, Path], conversations: Path | None = None, **changes) -> SimpleNamespace:
+    values = dict(
+        out=str(out), seed=3, precision="fp32", data_root=None, benchmarks=["set"], benchmark_root=str(root), convert={},
+        controls=["blind", "wrong_picture"], train_conversations=[str(conversations)] if conversations else [],
+        limit=None, batch_size=4, max_new_tokens=5,
+        models=[SimpleNamespace(name=name, path=str(path), source_size=None) for name, path in models.items()],
+    )  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def sweep(config) -> tuple[int, list[str]]:
+    from aimv2_vlm.evaluation.sweep import run_sweep
+
+    lines: list[str] = []
+    return run_sweep(config, lines.append), lines
+
+
+def comparable(ledger: Path) -> list[dict]:
+    return [{**json.loads(line), "seconds": 0} for line in ledger.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, benchmark_root, assistants, conversations):
+    """One undisturbed sweep: two models x two benchmarks x three arms."""
+    out = tmp_path_factory.mktemp("sweep")
+    config = make_config(out, benchmark_root, {"one": assistants[1], "two": assistants[2]}, conversations)
+    status, lines = sweep(config)
+    return SimpleNamespace(config=config, out=out, status=status, lines=lines, rows=comparable(out / "ledger.jsonl"))
+
+
+def test_a_sweep_fills_the_ledger_with_what_a_number_needs(finished):
+    assert finished.status == 0 and "finished, 12 cells" in finished.lines[-1]
+    assert [(row["model"], row["benchmark"], row["control"]) for row in finished.rows] == [
+        (model, benchmark, control)
+        for model in ("one", "two")
+        for benchmark in ("set/captions", "set/words")
+        for control in (None, "blind", "wrong_picture")
+    ]
+    for row in finished.rows:
+        assert row["split"] == "test" and row["num_errors"] == 0 and row["complete"]
+        assert row["num_pictures"] == 5 and row["num_questions"] == (5 if "captions" in row["benchmark"] else 10)
+        assert row["tiling"] == {"one": "1x1", "two": "2x2"}[row["model"]]
+        assert row["interval"][0] <= row["score"] <= row["interval"][1]
+        assert row["versions"]["lmms_eval"] and row["prompt_hash"] and row["data_hash"] and row["model_digest"]
+        samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
+        assert len(samples) == row["num_questions"]
+        assert row["score"] == pytest.approx(100 * sum(s["score"] for s in samples) / len(samples), abs=1e-3)
+        assert (row["tokens_per_picture"] == 0) == (row["control"] == "blind")
+    words = next(row for row in finished.rows if row["benchmark"] == "set/words")
+    assert words["prompt"] == "what is the colour ?\none word ." and words["metric"] == "anls"
+    assert not (finished.out / "work").exists() and (finished.out / "failed.jsonl").read_text() == ""
+
+
+def test_answers_through_lmms_eval_are_the_generators(finished, assistants, benchmark_root):
+    model, processor = load_assistant(assistants[2], "fp32", "cpu")
+    row = next(row for row in finished.rows if (row["model"], row["benchmark"], row["control"]) == ("two", "set/words", None))
+    samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
+    generator = Generator(model, processor, batch_size=1, max_new_tokens=5)
+    for source, sample in zip(make_rows(), samples, strict=True):
+        prompt = f"{source['question']}\none word ."
+        assert sample["id"] == source["id"]
+        assert sample["prediction"] == generator.answer([([open_picture(source["image"]["bytes"])], prompt)])[0]
+
+
+def test_the_majority_answer_is_that_of_the_same_question(finished):
+    row = next(row for row in finished.rows if row["benchmark"] == "set/words")
+    samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
+    assert {sample["majority"] for sample in samples if sample["question_form"] == "form0"} == {"picture"}
+    right = [any("picture" in answer for answer in sample["answers"]) for sample in samples]
+    assert row["majority_score"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_blind_shows_nothing_and_wrong_pictures_belong_to_other_answers(finished):
+    from aimv2_vlm.evaluation.metrics import normalize_answer
+
+    for row in finished.rows:
+        samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
+        answers = {(s["picture_id"], s["question_form"]): {normalize_answer(a) for a in s["answers"]} for s in samples}
+        for sample in samples:
+            shown = sample["shown_picture_id"]
+            if row["control"] != "wrong_picture":
+                assert shown == (None if row["control"] == "blind" else sample["picture_id"])
+            else:
+                own = answers[sample["picture_id"], sample["question_form"]]
+                assert shown != sample["picture_id"] and own.isdisjoint(answers[shown, sample["question_form"]])
+
+
+def test_uses_picture_is_the_score_over_the_best_control(finished):
+    from aimv2_vlm.evaluation.sweep import summary
+
+    table = {(row["model"], row["benchmark"]): row for row in summary(finished.out / "ledger.jsonl")}
+    assert len(table) == 4
+    for row in table.values():
+        best = max(value for value in (row["blind"], row["wrong_picture"], row["majority"]) if value is not None)
+        assert row["uses_picture"] == pytest.approx(row["score"] - best)
+
+
+def test_a_finished_sweep_says_so_and_does_nothing(finished):
+    before = (finished.out / "ledger.jsonl").read_bytes()
+    status, lines = sweep(finished.config)
+    assert status == 0 and "0 to run" in lines[0] and "finished" in lines[-1]
+    assert (finished.out / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [0, 4, 11])
+def test_a_killed_sweep_ends_with_the_same_ledger(finished, kept, tmp_path):
+    import shutil
+
+    out = shutil.copytree(finished.out, tmp_path / "killed")
+    lines = (out / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "ledger.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+    for row in finished.rows[kept:]:
+        (out / row["samples"]).unlink()
+    status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out)}))
+    assert status == 0 and f"{12 - kept} to run" in events[0]
+    assert comparable(out / "ledger.jsonl") == finished.rows
+    for row in finished.rows:
+        assert (out / row["samples"]).read_bytes() == (finished.out / row["samples"]).read_bytes()
+
+
+def test_a_changed_checkpoint_runs_again_and_replaces_its_rows(finished, tmp_path):
+    import shutil
+
+    out = shutil.copytree(finished.out, tmp_path / "again")
+    changed = make_assistant(tmp_path / "changed", tiles=1, seed=9)
+    models = [SimpleNamespace(name="one", path=str(changed), source_size=None), finished.config.models[1]]
+    status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out), "models": models}))
+    rows = comparable(out / "ledger.jsonl")
+    assert status == 0 and "6 finished before, 6 to run" in events[0] and len(rows) == 12
+    assert len({row["model_digest"] for row in rows if row["model"] == "one"}) == 1
+    assert {row["model_digest"] for row in rows} != {row["model_digest"] for row in finished.rows}
+
+
+def test_an_exception_is_a_counted_error_and_never_an_empty_answer(assistants, tmp_path, monkeypatch):
+    from aimv2_vlm.evaluation.benchmarks import write_benchmark
+
+    rows = make_rows()
+    rows[4]["image"] = {"bytes": rows[4]["image"]["bytes"][:200], "path": "cut.jpg"}
+    rows[5]["image"] = rows[4]["image"]
+    write_benchmark(tmp_path / "root" / "words", rows, {"metric": "exact_match"})
+    original = Generator._generate_ids
+
+    def failing(self, batch, ids, features, max_new_tokens):
+        if any(i == 0 for i in batch):
+            raise RuntimeError("injected")
+        return original(self, batch, ids, features, max_new_tokens)
+
+    monkeypatch.setattr(Generator, "_generate_ids", failing)
+    config = make_config(tmp_path / "out", tmp_path / "root", {"one": assistants[1]}, benchmarks=["words"], controls=[])
+    status, lines = sweep(config)
+    (row,) = comparable(tmp_path / "out" / "ledger.jsonl")
+    samples = [json.loads(line) for line in (tmp_path / "out" / row["samples"]).read_text().splitlines()]
+    failed = [sample for sample in samples if sample["error"]]
+    assert status == 1 and row["num_errors"] == 3 and not row["complete"] and row["num_questions"] == 10
+    assert [sample["id"] for sample in failed] == ["q0-0", "q2-0", "q2-1"]
+    assert all(sample["prediction"] is None and sample["score"] is None for sample in failed)
+    assert "injected" in failed[0]["error"] and "p2" in failed[1]["error"]
+    assert any("incomplete" in line and "3 questions" in line for line in lines)
+
+
+def test_without_the_sweep_lmms_eval_stops_instead_of_scoring_an_error(assistants, monkeypatch):
+    from aimv2_vlm.evaluation.lmms_model import AssistantModel, UnansweredError
+
+    assistant = AssistantModel(pretrained=str(assistants[1]), device="cpu", precision="fp32", batch_size="2")
+    assistant.task_dict = {"t": {"test": SimpleNamespaceDocs([{"image": None}])}}
+    request = SimpleNamespace(args=("dog ?", {"max_new_tokens": 2}, lambda doc: doc["nothing"], 0, "t", "test"))
+    with pytest.raises(UnansweredError, match="1 requests have no answer; t 0: .*KeyError"):
+        assistant.generate_until([request])
+
+
+class SimpleNamespaceDocs(list):
+    features = {"image": None}
+
+
+def test_bad_benchmarks_and_models_are_one_line_each_and_the_sweep_goes_on(assistants, benchmark_root, tmp_path):
+    import pyarrow.parquet
+    import shutil
+
+    root = shutil.copytree(benchmark_root, tmp_path / "root")
+    shutil.copytree(root / "set" / "words", root / "narrow")
+    file = root / "narrow" / "data" / "test-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.rename_columns(["answer" if c == "answers" else c for c in table.column_names]), file)
+    shutil.copytree(root / "set" / "words", root / "doubled")
+    rows = make_rows(2)
+    from aimv2_vlm.evaluation.benchmarks import write_benchmark
+
+    write_benchmark(root / "doubled", [*rows, rows[0]], {"metric": "anls"})
+    models = {"one": assistants[1], "gone": tmp_path / "gone"}
+    config = make_config(
+        tmp_path / "out", root, models, benchmarks=["set/wrods", "narrow", "doubled", "set/words"], controls=[]
+    )
+    status, lines = sweep(config)
+    assert status == 1
+    assert [row["benchmark"] for row in comparable(tmp_path / "out" / "ledger.jsonl")] == ["set/words"]
+    failures = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    reasons = {(failure["model"], failure["benchmark"]): failure["reason"] for failure in failures}
+    assert "nearest: set/words" in reasons["one", "set/wrods"]
+    assert "column answers missing; nearest to answers: answer" in reasons["one", "narrow"]
+    assert "q0-0" in reasons["one", "doubled"]
+    assert "config.json is missing" in reasons["gone", "set/words"]
+    assert all("\n" not in reason for reason in reasons.values()) and len(reasons) == 7
+
+
+def test_two_sweeps_into_one_folder_are_refused(finished, tmp_path):
+    from aimv2_vlm.evaluation.sweep import _locked
+
+    with _locked(finished.out), pytest.raises(UserError, match="another process"):
+        sweep(finished.config)
+
+
+def test_a_broken_line_inside_the_ledger_is_named(tmp_path):
+    from aimv2_vlm.evaluation.sweep import read_ledger
+
+    (tmp_path / "ledger.jsonl").write_text('{"key": 1}\n{"key"\n{"key": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_ledger(tmp_path / "ledger.jsonl")
+
+
+def test_importing_lmms_eval_leaves_pillow_strict():
+    import subprocess
+    import sys
+
+    code = (
+        "from PIL import ImageFile; import aimv2_vlm.evaluation.lmms_model; from lmms_eval.evaluator import simple_evaluate\n"
+        "import lmms_eval.tasks; assert ImageFile.LOAD_TRUNCATED_IMAGES is False"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_manifest_is_light_and_names_an_importable_model():
+    import importlib
+    import sys
+
+    from aimv2_vlm.evaluation import lmms_manifest
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    assert "import" not in Path(lmms_manifest.__file__).read_text().split("def manifest")[0]
+    registry = ModelRegistryV2()
+    registry.register_manifest(lmms_manifest.manifest())
+    assert issubclass(registry.get_model_class("aimv2_vlm"), lmms)
+    assert importlib.import_module("aimv2_vlm.evaluation.lmms_model") is sys.modules["aimv2_vlm.evaluation.lmms_model"]
+
+
+def test_shipped_tasks_run_by_name_from_the_folder_of_the_benchmarks(assistants, tmp_path, monkeypatch):
+    from aimv2_vlm.evaluation.benchmarks import TASKS, read_benchmark, write_benchmark
+    from aimv2_vlm.evaluation.lmms_model import AssistantModel
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    rows = [{**row, "options": ["red", "blue"], "answer_letter": "AB"[i % 2], "answers": [["red", "blue"][i % 2]]}
+            for i, row in enumerate(make_rows(2))]  # fmt: skip
+    names = ["scenes_objects", "scenes_print", "scenes_choice", "scenes_heldout", "scenes_captions"]
+    for name in names:
+        write_benchmark(tmp_path / name, rows, {"metric": "anls"})
+        (tmp_path / name / "benchmark.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    results = simple_evaluate(
+        model=AssistantModel(pretrained=str(assistants[1]), device="cpu", precision="fp32", max_new_tokens=3),
+        tasks=list(names),
+        task_manager=TaskManager(include_path=[str(TASKS)], include_defaults=False),
+        bootstrap_iters=0,
+    )
+    for name in names:
+        benchmark = read_benchmark(name, tmp_path / name)
+        assert f"{benchmark.metric},none" in results["results"][name]
+        assert results["samples"][name][0]["arguments"][0] == benchmark.prompts[0]
+    assert "A. red\nB. blue\nAnswer with the option's letter" in read_benchmark("scenes_choice", tmp_path / "scenes_choice").prompts[0]
