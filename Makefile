@@ -6,6 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test clean-venv
 
+# Bytecode is written when a module is first imported, not for 6 GB at installation: nothing may switch that off here.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
 

@@ -1,4 +1,4 @@
-"""`aimv2-vlm doctor`: what is installed, what the machine has, and what will and will not work here, with a hint for each."""
+"""`aimv2-vlm doctor`: what is installed, what the machine has, what will and will not work here, with hints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ DISTRIBUTION = "aimv2-vlm"
 GIB = 2**30
 
 # Newest versions the tests ran with; a later minor release may have moved what this package leans on.
-TESTED = {"torch": "2.15.0", "transformers": "5.23.0", "accelerate": "1.15.0", "lmms-eval": "0.7.3", "deepspeed": "0.19.8"}
+TESTED = {
+    "torch": "2.15.0",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "lmms-eval": "0.7.3",
+    "deepspeed": "0.19.8",
+}
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -42,7 +48,7 @@ def installed_version(name: str) -> str | None:
 
 
 def requirements() -> dict[str, list[Any]]:
-    """This package's requirements by extra (`""`: always needed), from its installed metadata; empty if not installed."""
+    """This package's requirements by extra (`""`: always needed), from its metadata; empty if not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -78,7 +84,12 @@ def check_packages() -> list[Check]:
     groups = requirements()
     if not groups:
         return [
-            Check("packages", FAIL, f"{DISTRIBUTION} is not installed in this Python", "run `pip install -e .` in the checkout")
+            Check(
+                "packages",
+                FAIL,
+                f"{DISTRIBUTION} is not installed in this Python",
+                "run `pip install -e .` in the checkout",
+            )
         ]
     checks = []
     for requirement in sorted(groups[""], key=lambda r: r.name):
@@ -131,7 +142,9 @@ def check_machine(folder: Path) -> list[Check]:
         Check("CPU", OK, f"{processor()}, {cores} core{'s' if cores != 1 else ''} usable"),
         Check("memory", OK if memory >= 6 else WARN, f"{memory:.1f} GiB", "" if memory >= 6 else "the demo needs 6 GB"),
         Check(
-            "disk", OK if disk >= 5 else WARN, f"{disk:.0f} GiB free in {folder}",
+            "disk",
+            OK if disk >= 5 else WARN,
+            f"{disk:.0f} GiB free in {folder}",
             "" if disk >= 5 else "the demo writes up to 5 GB (--out chooses another place)",
         ),
     ]
@@ -152,7 +165,9 @@ def check_devices() -> tuple[list[Check], list[dict[str, Any]]]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Check("torch import", FAIL, f"{type(error).__name__}: {error}", "reinstall torch with constraints.txt")], []
+        return [
+            Check("torch import", FAIL, f"{type(error).__name__}: {error}", "reinstall torch with constraints.txt")
+        ], []
     from aimv2_vlm.train.precision import explain_precision
 
     gpus = []
@@ -171,15 +186,25 @@ def check_devices() -> tuple[list[Check], list[dict[str, Any]]]:
             hint = "" if gpu["bf16"] else "no bf16 arithmetic: runs use fp32 here"
             checks.append(Check(f"GPU {index}", OK if gpu["bf16"] else WARN, found, hint))
     elif Path("/proc/driver/nvidia/version").exists():
-        hint = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: the driver is older, or CUDA_VISIBLE_DEVICES is empty"
+        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        hint = f"{built}: the driver is older, or CUDA_VISIBLE_DEVICES is empty"
         checks.append(Check("GPU", WARN, "an NVIDIA driver is loaded, but torch sees no device", hint))
     else:
         checks.append(Check("GPU", OK, "none; everything runs on the CPU"))
     precision, reason = explain_precision()
     checks.append(Check("precision: auto", OK, f"{precision} ({reason})"))
-    backends = [name for name in ("gloo", "nccl") if torch.distributed.is_available() and torch.distributed.is_backend_available(name)]
+    backends = [
+        name
+        for name in ("gloo", "nccl")
+        if torch.distributed.is_available() and torch.distributed.is_backend_available(name)
+    ]
     checks.append(
-        Check("distributed", OK if backends else WARN, ", ".join(backends) or "none", "" if backends else "one process only")
+        Check(
+            "distributed",
+            OK if backends else WARN,
+            ", ".join(backends) or "none",
+            "" if backends else "one process only",
+        )
     )
     return checks, gpus
 
@@ -194,7 +219,11 @@ def check_pictures() -> list[Check]:
     spec = importlib.util.find_spec("matplotlib")
     folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" if spec and spec.origin else None
     fonts = sorted(folder.glob("DejaVu*.ttf")) if folder else []
-    hint = "" if fonts else "the embedded data are drawn with matplotlib's DejaVu fonts: pip install --force-reinstall matplotlib"
+    hint = (
+        ""
+        if fonts
+        else "the embedded data are drawn with matplotlib's DejaVu fonts: pip install --force-reinstall matplotlib"
+    )
     checks.append(Check("fonts", OK if fonts else FAIL, f"{len(fonts)} of matplotlib's DejaVu family", hint))
     return checks
 
@@ -228,7 +257,11 @@ def what_works(checks: list[Check], gpus: list[dict[str, Any]]) -> list[Check]:
         return Check(verb, WARN, "not here", _extra_hint(name))
 
     works = [
-        Check("pretrain, sft, data, convert", OK, "on " + (f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "the CPU")),
+        Check(
+            "pretrain, sft, data, convert",
+            OK,
+            "on " + (f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "the CPU"),
+        ),
         extra("eval", "eval", "benchmarks through lmms-eval"),
         extra("eval", "demo", f"about {minutes} minutes on 2 cores"),
         extra("deepspeed", "train.strategy: zero2, zero3", "DeepSpeed"),
@@ -239,10 +272,19 @@ def what_works(checks: list[Check], gpus: list[dict[str, Any]]) -> list[Check]:
     if memory >= 130:
         works.append(Check("tuning an 8B decoder", OK, f"{memory:.0f} GiB of GPU memory; exact AdamW needs about 130"))
     elif memory >= 80:
-        works.append(Check("tuning an 8B decoder", OK, f"{memory:.0f} GiB of GPU memory: with 8-bit optimizer states (80 GiB)"))
+        works.append(
+            Check("tuning an 8B decoder", OK, f"{memory:.0f} GiB of GPU memory: with 8-bit optimizer states (80 GiB)")
+        )
     else:
         found = f"{memory:.0f} GiB of GPU memory" if gpus else "no GPU"
-        works.append(Check("tuning an 8B decoder", WARN, found, "needs 130 GiB in all, 80 with 8-bit optimizer states; use a small decoder"))
+        works.append(
+            Check(
+                "tuning an 8B decoder",
+                WARN,
+                found,
+                "needs 130 GiB in all, 80 with 8-bit optimizer states; use a small decoder",
+            )
+        )
     return works
 
 
@@ -262,7 +304,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
 
 
 def doctor(as_json: bool = False) -> int:
-    """Print what `examine` finds, as lines or as one JSON object. Returns the exit code: 0, or 1 when something fails."""
+    """Print what `examine` finds, as lines or as one JSON object. Returns the exit code: 1 when something fails."""
     found = examine()
     if as_json:
         print(json.dumps(found, indent=1))

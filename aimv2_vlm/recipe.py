@@ -19,7 +19,7 @@ FOLDERS = {"pretrain": config.PretrainRecipe, "sft": config.SftRecipe, "eval": c
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1 and reads `1e-4` as text; this one has YAML 1.2's float rule and refuses doubled keys."""
+    """PyYAML follows YAML 1.1: `1e-4` is text and `on` is a boolean. This one has YAML 1.2's rules and refuses doubled keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -40,6 +40,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -256,3 +257,28 @@ def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> li
         elif a != b:
             lines.append(f"{_join(where, str(key))}: {a!r} -> {b!r}")
     return lines
+
+
+def shipped_recipes() -> list[tuple[str, Path]]:
+    """(verb, file) of every recipe that ships with the package."""
+    return [(verb, path) for verb in FOLDERS for path in sorted(recipes_dir(verb).glob("*.yaml"))]
+
+
+def list_recipes() -> int:
+    for verb, path in shipped_recipes():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{verb:9} {path.stem:32} {first}")
+    return 0
+
+
+def copy_recipes(folder: str) -> int:
+    """All recipes into `folder/<pretrain|sft_recipes|eval_configs>`; files that are there already are kept."""
+    for verb, path in shipped_recipes():
+        target = Path(folder) / recipes_dir(verb).name / path.name
+        if target.exists():
+            print(f"kept     {target}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        print(f"written  {target}")
+    return 0

@@ -12,7 +12,7 @@ from aimv2_vlm.models.masks import ATTENTION_IMPLEMENTATIONS, prefix_can_attend
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, patchify
 
 N, T, V, PATCH = 16, 6, 40, 14
-SIZES = dict(image_size=56, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
+SIZES = {"image_size": 56, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
 
 each_attention = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 
@@ -21,12 +21,12 @@ def make_encoder(attention="sdpa", seed=0, **changes):
     return build_encoder(**SIZES | changes, attention=attention, generator=torch.Generator().manual_seed(seed))
 
 
-def make_model(attention="sdpa", seed=0):
+def make_model(attention="sdpa", seed=0, num_layers=2):
     return AIMv2ForPreTraining(
-        make_encoder(attention, seed),
+        make_encoder(attention, seed, num_layers=num_layers),
         decoder_hidden_size=24,
         decoder_intermediate_size=40,
-        decoder_num_layers=2,
+        decoder_num_layers=num_layers,
         decoder_num_heads=2,
         vocab_size=V,
         context_length=T + 1,
@@ -167,10 +167,10 @@ def test_other_attention_implementations_are_refused_by_name():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(image_size=57), "image_size"),
-        (dict(num_heads=5), "num_heads"),
-        (dict(position_embedding="rotary"), "rotary"),
-        (dict(hidden_size=34, position_embedding="sincos"), "hidden_size"),
+        ({"image_size": 57}, "image_size"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"position_embedding": "rotary"}, "rotary"),
+        ({"hidden_size": 34, "position_embedding": "sincos"}, "hidden_size"),
     ],
 )
 def test_impossible_sizes_are_refused(changes, named):
@@ -270,7 +270,12 @@ def test_decay_roles():
     assert named["bos"] == ["bos"]
     assert named["bias"] == ["encoder.embeddings.patch_embed.bias", "image_projection.bias"]
     assert len(named["norm"]) == 2 + 2 * 2 + 2 * 2 + 1 and all("norm" in name for name in named["norm"])
-    decayed = {"token_embedding.weight", "encoder.embeddings.patch_embed.weight", "pixel_head.weight", "text_head.weight"}
+    decayed = {
+        "token_embedding.weight",
+        "encoder.embeddings.patch_embed.weight",
+        "pixel_head.weight",
+        "text_head.weight",
+    }
     assert decayed <= set(named["weight"])
     assert all(model.get_parameter(name).dim() > 1 for name in named["weight"])
 
@@ -418,7 +423,7 @@ def test_builds_and_trains_on_the_meta_device():
 
 def test_compiles_whole():
     """One graph without a break, the same sums and gradient."""
-    model = make_model()
+    model = make_model(num_layers=1)
     batch = make_batch(3)
     eager = model(*batch, return_predictions=False)
     eager.loss.backward()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFile
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.transforms import BadImage
 from aimv2_vlm.evaluation.generation import (
     GenerationError,
     Generator,
@@ -30,7 +36,9 @@ TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-WORDS = "user assistant : ? . a b c what which is the colour of picture red blue green one two three cat dog house".split()
+WORDS = (
+    "user assistant : ? . a b c what which is the colour of picture red blue green one two three cat dog house".split()
+)
 
 
 def _tokenizer():
@@ -38,7 +46,10 @@ def _tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(code) for code in range(33, 127)]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", "<image>", *letters, *WORDS]))}
+    vocab = {
+        token: i
+        for i, token in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", "<image>", *letters, *WORDS]))
+    }
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     return PreTrainedTokenizerFast(
@@ -52,7 +63,7 @@ def _tokenizer():
 
 
 def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int = 256) -> Path:
-    """A random Llava (one view of 28 px, 4 patches) or LlavaNext (2 x 2 tiles) in `folder`, as stock classes save it."""
+    """A random Llava (one view of 28 px, 4 patches) or LlavaNext (2 x 2 tiles), as stock classes save it."""
     from transformers import (
         Aimv2VisionConfig,
         LlamaConfig,
@@ -108,7 +119,9 @@ def make_picture(index: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
     picture = Image.new("RGB", size[::-1], ((37 * index) % 256, (91 * index) % 256, (151 * index + 60) % 256))
     draw = ImageDraw.Draw(picture)
     for line in range(index % 5 + 1):
-        draw.rectangle([line * 9, 0, line * 9 + 4, size[0]], fill=((60 * line) % 256, 255 - 40 * line, (80 * index) % 256))
+        draw.rectangle(
+            [line * 9, 0, line * 9 + 4, size[0]], fill=((60 * line) % 256, 255 - 40 * line, (80 * index) % 256)
+        )
     return picture
 
 
@@ -118,7 +131,12 @@ def assistants(tmp_path_factory) -> dict[int, Path]:
     return {tiles: make_assistant(root / f"tiles{tiles}", tiles) for tiles in (1, 2)}
 
 
-PROMPTS = ["what is the colour ?", "which one is the picture of the red house ?\na . cat", "dog ?", "a b c one two three ?"]
+PROMPTS = [
+    "what is the colour ?",
+    "which one is the picture of the red house ?\na . cat",
+    "dog ?",
+    "a b c one two three ?",
+]
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
@@ -134,7 +152,9 @@ def test_batched_answers_equal_stock_answers_one_at_a_time(assistants, tiles):
             return_tensors="pt",
         )  # fmt: skip
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        stock.append(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        stock.append(
+            processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        )
     assert len(set(stock)) > 4, "the answers must differ, or equality shows nothing"
 
     shared = Generator(model, processor, batch_size=5, max_new_tokens=6).answer([([i], p) for i, p in pairs])
@@ -145,9 +165,16 @@ def test_batched_answers_equal_stock_answers_one_at_a_time(assistants, tiles):
 
 def test_texts_without_pictures_and_pictures_mix_in_one_call(assistants):
     model, processor = load_assistant(assistants[1], "fp32", "cpu")
-    questions = [([make_picture(1)], PROMPTS[0]), ([], PROMPTS[0]), ([make_picture(2), make_picture(3)], PROMPTS[2]), ([], PROMPTS[1])]
+    questions = [
+        ([make_picture(1)], PROMPTS[0]),
+        ([], PROMPTS[0]),
+        ([make_picture(2), make_picture(3)], PROMPTS[2]),
+        ([], PROMPTS[1]),
+    ]
     together = Generator(model, processor, batch_size=4, max_new_tokens=5).answer(questions)
-    alone = [Generator(model, processor, batch_size=1, max_new_tokens=5).answer([question])[0] for question in questions]
+    alone = [
+        Generator(model, processor, batch_size=1, max_new_tokens=5).answer([question])[0] for question in questions
+    ]
     assert together == alone
     assert together[0] != together[1], "the blind prompt is another prompt"
 
@@ -169,7 +196,12 @@ def test_one_bad_picture_or_prompt_is_its_own_error_only(assistants):
     make_picture(4, (80, 80)).save(buffer, "JPEG")
     broken = Picture("broken", lambda: open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2]))
     good = Picture("good", lambda: make_picture(5))
-    questions = [Question(PROMPTS[0], (good,)), Question(PROMPTS[0], (broken,)), Question("a " * 300, (good,)), Question(PROMPTS[1], (good,))]
+    questions = [
+        Question(PROMPTS[0], (good,)),
+        Question(PROMPTS[0], (broken,)),
+        Question("a " * 300, (good,)),
+        Question(PROMPTS[1], (good,)),
+    ]
     for share in (True, False):
         generator = Generator(model, processor, batch_size=4, max_new_tokens=4, share_features=share)
         answers = generator.answer(questions)
@@ -219,13 +251,13 @@ def test_another_grid_than_the_checkpoints_is_possible_for_tiles_only(assistants
 def test_unusable_checkpoints_are_refused_in_one_line(tmp_path, assistants):
     with pytest.raises(UserError, match="config.json is missing"):
         load_assistant(tmp_path / "nothing")
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(assistants[1], tmp_path / "incomplete")
     weights = load_file(folder / "model.safetensors")
-    weights.pop("model.multi_modal_projector.linear_1.weight", None) or weights.pop("multi_modal_projector.linear_1.weight")
+    weights.pop("model.multi_modal_projector.linear_1.weight", None) or weights.pop(
+        "multi_modal_projector.linear_1.weight"
+    )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 weights are missing.*linear_1"):
         load_assistant(folder)
@@ -251,15 +283,13 @@ def test_every_kind_of_picture_opens_as_rgb(mode, tmp_path):
         assert abs(opened.getpixel((3, 3))[0] - 40000 / 257) <= 1
 
 
-def test_truncated_and_oversized_pictures_raise_even_when_pillow_is_tolerant(monkeypatch):
-    buffer = io.BytesIO()
-    make_picture(3, (90, 90)).save(buffer, "JPEG")
+def test_truncated_pictures_raise_even_when_pillow_is_tolerant(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(ValueError, match="truncated|cannot be decoded"):
-        open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    with pytest.raises(ValueError, match="90 x 90 pixels"):
-        open_picture(buffer.getvalue(), max_pixels=8000)
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True, "the library's flag is left as it was"
+    for kind in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        make_picture(3, (90, 90)).save(buffer, kind)
+        with pytest.raises(BadImage):
+            open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2])
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -290,32 +320,50 @@ def make_rows(num_pictures: int = 5) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def benchmark_root(tmp_path_factory) -> Path:
+def oracle_rows(assistants) -> list[dict]:
+    """Questions whose right answers are what the assistant "one" says: it must score 100, and only with the picture."""
+    model, processor = load_assistant(assistants[1], "fp32", "cpu")
+    generator = Generator(model, processor, batch_size=1, max_new_tokens=5)
+    rows = make_rows()
+    for row in rows:
+        image = open_picture(row["image"]["bytes"])
+        row["answers"] = [generator.answer([([image], f"{row['question']}\none word .")])[0]]
+    assert len({row["answers"][0] for row in rows}) > 4
+    return rows
+
+
+@pytest.fixture(scope="module")
+def benchmark_root(tmp_path_factory, oracle_rows) -> Path:
     from aimv2_vlm.evaluation.benchmarks import write_benchmark
 
     root = tmp_path_factory.mktemp("benchmarks")
-    write_benchmark(root / "set" / "words", make_rows(), {"metric": "anls", "prompt_suffix": "one word ."})
-    captions = [{**row, "answers": ["a red house .", "the cat"], "question": "what ?"} for row in make_rows()[::2]]
-    captions = [{**row, "answers": [f"{WORDS[17 + i]} {caption}" for caption in row["answers"]]} for i, row in enumerate(captions)]
-    write_benchmark(root / "set" / "captions", captions, {"metric": "cider"})
+    write_benchmark(root / "set" / "words", oracle_rows, {"metric": "exact_match", "prompt_suffix": "one word ."})
+    captions = [{**row, "answers": [*row["answers"], f"{WORDS[17 + i]} cat"]} for i, row in enumerate(oracle_rows[::2])]
+    write_benchmark(root / "set" / "captions", captions, {"metric": "cider", "prompt_suffix": "one word ."})
     return root
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory) -> Path:
+def conversations(tmp_path_factory, oracle_rows) -> Path:
     path = tmp_path_factory.mktemp("tuning") / "train.json"
-    turns = [(PROMPTS[0] + "\none word .", answer) for answer in ["colour", "picture", "picture"]]
-    rows = [
-        {"id": i, "image": "x.jpg", "conversations": [{"from": "human", "value": f"<image>\n{q}"}, {"from": "gpt", "value": a}]}
-        for i, (q, a) in enumerate(turns)
-    ]
-    path.write_text(json.dumps(rows))
+    often = oracle_rows[0]["answers"][0]
+    question = {"from": "human", "value": f"<image>\n{PROMPTS[0]}\none word ."}
+    path.write_text(
+        json.dumps(
+            [
+                {"id": i, "image": "x.jpg", "conversations": [question, {"from": "gpt", "value": answer}]}
+                for i, answer in enumerate(["colour", often, often])
+            ]
+        )
+    )
     return path
 
 
-def make_config(out: Path, root: Path, models: dict[str, Path], conversations: Path | None = None, **changes) -> SimpleNamespace:
+def make_config(
+    out: Path, root: Path, models: dict[str, Path], conversations: Path | None = None, **changes
+) -> SimpleNamespace:
     values = dict(
-        out=str(out), seed=3, precision="fp32", data_root=None, benchmarks=["set"], benchmark_root=str(root), convert={},
+        out=str(out), seed=3, precision="fp32", benchmarks=["set"], benchmark_root=str(root), convert={},
         controls=["blind", "wrong_picture"], train_conversations=[str(conversations)] if conversations else [],
         limit=None, batch_size=4, max_new_tokens=5,
         models=[SimpleNamespace(name=name, path=str(path), source_size=None) for name, path in models.items()],
@@ -361,28 +409,21 @@ def test_a_sweep_fills_the_ledger_with_what_a_number_needs(finished):
         assert len(samples) == row["num_questions"]
         assert row["score"] == pytest.approx(100 * sum(s["score"] for s in samples) / len(samples), abs=1e-3)
         assert (row["tokens_per_picture"] == 0) == (row["control"] == "blind")
-    words = next(row for row in finished.rows if row["benchmark"] == "set/words")
-    assert words["prompt"] == "what is the colour ?\none word ." and words["metric"] == "anls"
+    words = {row["control"]: row for row in finished.rows if (row["model"], row["benchmark"]) == ("one", "set/words")}
+    assert words[None]["prompt"] == "what is the colour ?\none word ." and words[None]["metric"] == "exact_match"
+    assert words[None]["score"] == 100 > max(words["blind"]["score"], words["wrong_picture"]["score"])
     assert not (finished.out / "work").exists() and (finished.out / "failed.jsonl").read_text() == ""
 
 
-def test_answers_through_lmms_eval_are_the_generators(finished, assistants, benchmark_root):
-    model, processor = load_assistant(assistants[2], "fp32", "cpu")
-    row = next(row for row in finished.rows if (row["model"], row["benchmark"], row["control"]) == ("two", "set/words", None))
-    samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
-    generator = Generator(model, processor, batch_size=1, max_new_tokens=5)
-    for source, sample in zip(make_rows(), samples, strict=True):
-        prompt = f"{source['question']}\none word ."
-        assert sample["id"] == source["id"]
-        assert sample["prediction"] == generator.answer([([open_picture(source["image"]["bytes"])], prompt)])[0]
-
-
-def test_the_majority_answer_is_that_of_the_same_question(finished):
+def test_the_majority_answer_is_that_of_the_same_question(finished, oracle_rows):
     row = next(row for row in finished.rows if row["benchmark"] == "set/words")
     samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
-    assert {sample["majority"] for sample in samples if sample["question_form"] == "form0"} == {"picture"}
-    right = [any("picture" in answer for answer in sample["answers"]) for sample in samples]
-    assert row["majority_score"] == pytest.approx(100 * sum(right) / len(right))
+    often = oracle_rows[0]["answers"][0]
+    assert {sample["majority"] for sample in samples if sample["question_form"] == "form0"} == {often}
+    assert row["majority_score"] == pytest.approx(
+        100 * sum(s["answers"] == [s["majority"]] for s in samples) / len(samples)
+    )
+    assert row["majority_score"] >= 10
 
 
 def test_blind_shows_nothing_and_wrong_pictures_belong_to_other_answers(finished):
@@ -417,25 +458,51 @@ def test_a_finished_sweep_says_so_and_does_nothing(finished):
     assert (finished.out / "ledger.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("kept", [0, 4, 11])
-def test_a_killed_sweep_ends_with_the_same_ledger(finished, kept, tmp_path):
-    import shutil
-
-    out = shutil.copytree(finished.out, tmp_path / "killed")
+def test_a_sweep_cut_inside_a_line_ends_with_the_same_ledger(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "cut")
     lines = (out / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "ledger.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
-    for row in finished.rows[kept:]:
+    (out / "ledger.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][: len(lines[9]) // 2])
+    for row in finished.rows[9:]:
         (out / row["samples"]).unlink()
+    assert_goes_on(finished, out, missing=3)
+
+
+KILLED = """
+import json, os, signal, sys
+from types import SimpleNamespace
+from PIL import ImageFile
+from aimv2_vlm.evaluation.sweep import run_sweep
+
+def progress(line):
+    if os.path.exists(config.out + "/ledger.jsonl") and len(open(config.out + "/ledger.jsonl").readlines()) == 2:
+        assert "lmms_eval" in sys.modules and ImageFile.LOAD_TRUNCATED_IMAGES is False
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = json.loads(sys.argv[1], object_hook=lambda fields: SimpleNamespace(**fields))
+config.convert = {}
+run_sweep(config, progress)
+"""
+
+
+def test_a_killed_sweep_ends_with_the_same_ledger_and_pillow_stays_strict(finished, tmp_path):
+    config = SimpleNamespace(**{**vars(finished.config), "out": str(tmp_path / "killed")})
+    text = json.dumps(vars(config), default=vars)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, text], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert_goes_on(finished, Path(config.out), missing=10)
+
+
+def assert_goes_on(finished, out: Path, missing: int) -> None:
     status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out)}))
-    assert status == 0 and f"{12 - kept} to run" in events[0]
+    assert status == 0 and f"{12 - missing} finished before, {missing} to run" in events[0]
     assert comparable(out / "ledger.jsonl") == finished.rows
     for row in finished.rows:
         assert (out / row["samples"]).read_bytes() == (finished.out / row["samples"]).read_bytes()
 
 
 def test_a_changed_checkpoint_runs_again_and_replaces_its_rows(finished, tmp_path):
-    import shutil
-
     out = shutil.copytree(finished.out, tmp_path / "again")
     changed = make_assistant(tmp_path / "changed", tiles=1, seed=9)
     models = [SimpleNamespace(name="one", path=str(changed), source_size=None), finished.config.models[1]]
@@ -477,25 +544,28 @@ def test_without_the_sweep_lmms_eval_stops_instead_of_scoring_an_error(assistant
     from aimv2_vlm.evaluation.lmms_model import AssistantModel, UnansweredError
 
     assistant = AssistantModel(pretrained=str(assistants[1]), device="cpu", precision="fp32", batch_size="2")
-    assistant.task_dict = {"t": {"test": SimpleNamespaceDocs([{"image": None}])}}
+    assistant.task_dict = {"t": {"test": Docs([{"image": None}])}}
     request = SimpleNamespace(args=("dog ?", {"max_new_tokens": 2}, lambda doc: doc["nothing"], 0, "t", "test"))
     with pytest.raises(UnansweredError, match="1 requests have no answer; t 0: .*KeyError"):
         assistant.generate_until([request])
 
 
-class SimpleNamespaceDocs(list):
-    features = {"image": None}
+class Docs(list):
+    """Rows of a foreign task: no picture_id among their columns."""
+
+    features = ("image",)
 
 
 def test_bad_benchmarks_and_models_are_one_line_each_and_the_sweep_goes_on(assistants, benchmark_root, tmp_path):
     import pyarrow.parquet
-    import shutil
 
     root = shutil.copytree(benchmark_root, tmp_path / "root")
     shutil.copytree(root / "set" / "words", root / "narrow")
     file = root / "narrow" / "data" / "test-00000-of-00001.parquet"
     table = pyarrow.parquet.read_table(file)
-    pyarrow.parquet.write_table(table.rename_columns(["answer" if c == "answers" else c for c in table.column_names]), file)
+    pyarrow.parquet.write_table(
+        table.rename_columns(["answer" if c == "answers" else c for c in table.column_names]), file
+    )
     shutil.copytree(root / "set" / "words", root / "doubled")
     rows = make_rows(2)
     from aimv2_vlm.evaluation.benchmarks import write_benchmark
@@ -505,7 +575,7 @@ def test_bad_benchmarks_and_models_are_one_line_each_and_the_sweep_goes_on(assis
     config = make_config(
         tmp_path / "out", root, models, benchmarks=["set/wrods", "narrow", "doubled", "set/words"], controls=[]
     )
-    status, lines = sweep(config)
+    status, _ = sweep(config)
     assert status == 1
     assert [row["benchmark"] for row in comparable(tmp_path / "out" / "ledger.jsonl")] == ["set/words"]
     failures = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
@@ -515,6 +585,18 @@ def test_bad_benchmarks_and_models_are_one_line_each_and_the_sweep_goes_on(assis
     assert "q0-0" in reasons["one", "doubled"]
     assert "config.json is missing" in reasons["gone", "set/words"]
     assert all("\n" not in reason for reason in reasons.values()) and len(reasons) == 7
+
+
+def test_evaluate_writes_the_report_and_restart_forgets(assistants, benchmark_root, tmp_path):
+    from aimv2_vlm.evaluation.sweep import evaluate
+
+    config = make_config(
+        tmp_path, benchmark_root, {"one": assistants[1]}, benchmarks=["set/words"], controls=[], limit=3
+    )
+    assert evaluate(config) == 0 and "set/words" in (tmp_path / "report.html").read_text()
+    (tmp_path / "samples" / "old.jsonl").touch()
+    assert evaluate(config, restart=True) == 0 and not (tmp_path / "samples" / "old.jsonl").exists()
+    assert comparable(tmp_path / "ledger.jsonl")[0]["num_questions"] == 3
 
 
 def test_two_sweeps_into_one_folder_are_refused(finished, tmp_path):
@@ -532,24 +614,11 @@ def test_a_broken_line_inside_the_ledger_is_named(tmp_path):
         read_ledger(tmp_path / "ledger.jsonl")
 
 
-def test_importing_lmms_eval_leaves_pillow_strict():
-    import subprocess
-    import sys
-
-    code = (
-        "from PIL import ImageFile; import aimv2_vlm.evaluation.lmms_model; from lmms_eval.evaluator import simple_evaluate\n"
-        "import lmms_eval.tasks; assert ImageFile.LOAD_TRUNCATED_IMAGES is False"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
 def test_the_manifest_is_light_and_names_an_importable_model():
-    import importlib
-    import sys
-
-    from aimv2_vlm.evaluation import lmms_manifest
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from aimv2_vlm.evaluation import lmms_manifest
 
     assert "import" not in Path(lmms_manifest.__file__).read_text().split("def manifest")[0]
     registry = ModelRegistryV2()
@@ -559,10 +628,11 @@ def test_the_manifest_is_light_and_names_an_importable_model():
 
 
 def test_shipped_tasks_run_by_name_from_the_folder_of_the_benchmarks(assistants, tmp_path, monkeypatch):
-    from aimv2_vlm.evaluation.benchmarks import TASKS, read_benchmark, write_benchmark
-    from aimv2_vlm.evaluation.lmms_model import AssistantModel
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
+
+    from aimv2_vlm.evaluation.benchmarks import TASKS, read_benchmark, write_benchmark
+    from aimv2_vlm.evaluation.lmms_model import AssistantModel
 
     rows = [{**row, "options": ["red", "blue"], "answer_letter": "AB"[i % 2], "answers": [["red", "blue"][i % 2]]}
             for i, row in enumerate(make_rows(2))]  # fmt: skip
@@ -582,4 +652,7 @@ def test_shipped_tasks_run_by_name_from_the_folder_of_the_benchmarks(assistants,
         benchmark = read_benchmark(name, tmp_path / name)
         assert f"{benchmark.metric},none" in results["results"][name]
         assert results["samples"][name][0]["arguments"][0] == benchmark.prompts[0]
-    assert "A. red\nB. blue\nAnswer with the option's letter" in read_benchmark("scenes_choice", tmp_path / "scenes_choice").prompts[0]
+    assert (
+        "A. red\nB. blue\nAnswer with the option's letter"
+        in read_benchmark("scenes_choice", tmp_path / "scenes_choice").prompts[0]
+    )

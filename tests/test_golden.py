@@ -13,7 +13,7 @@ from aimv2_vlm.models.masks import ATTENTION_IMPLEMENTATIONS
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = dict(atol=1e-5, rtol=1e-5)
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 each_attention = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 

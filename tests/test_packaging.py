@@ -36,14 +36,28 @@ def wheel(tmp_path_factory) -> set[str]:
         shutil.copy(ROOT / name, source)
     for name in ("aimv2_vlm", *RECIPES):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(out),
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     with zipfile.ZipFile(next(out.glob("aimv2_vlm-*.whl"))) as opened:
         return set(opened.namelist())
 
 
 def test_wheel_carries_all_code_recipes_and_data_files(wheel):
-    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "aimv2_vlm").rglob("*") if p.suffix in (".py", ".yaml", ".css")}
+    wanted = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "aimv2_vlm").rglob("*") if p.suffix in (".py", ".yaml", ".css")
+    }
     assert wanted <= wheel
     for folder in RECIPES:
         found = [*(ROOT / folder).glob("*.yaml"), *(ROOT / folder).glob("README.md")]
@@ -67,12 +81,14 @@ def test_entry_points_lead_to_something():
 
 
 def test_constraints_are_exact_and_cover_every_requirement_of_the_tests_and_the_demo():
-    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in PINNED.values()), "pins only, no local builds, paths or hosts"
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in PINNED.values()), (
+        "pins only, no local builds, paths or hosts"
+    )
     extras = PROJECT["project"]["optional-dependencies"]
     lines = [*PROJECT["project"]["dependencies"], *extras["eval"], *extras["deepspeed"], *extras["test"]]
     for requirement in map(Requirement, lines):
         name = requirement.name.lower().replace("_", "-")
-        if name not in ("aimv2-vlm", "setuptools", "wheel"):
+        if name not in ("aimv2-vlm", "setuptools"):
             assert requirement.specifier.contains(PINNED[name]), requirement
 
 
@@ -86,13 +102,15 @@ def test_doctor_knows_the_tested_versions():
     assert {name: PINNED[name] for name in doctor.TESTED} == doctor.TESTED
 
 
-# ---------------------------------------------------------------------------------------------------------------- Makefile
+# ------------------------------------------------------------------------------------------------------------ Makefile
 
 
 def make(folder: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
     shutil.copy(ROOT / "Makefile", folder)
     environment = {"PATH": path, "HOME": str(folder)}
-    return subprocess.run([shutil.which("make"), *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [shutil.which("make"), *arguments], cwd=folder, capture_output=True, text=True, env=environment
+    )
 
 
 def write_script(path: Path, body: str) -> None:
@@ -112,7 +130,9 @@ def test_make_falls_back_to_python3(tmp_path):
     """python3.11 is on the path but cannot run, python3 is new enough: it is used."""
     tools = tmp_path / "bin"
     write_script(tools / "python3.11", "exit 127")
-    write_script(tools / "python3", f'case "$1" in -m) set -- -m venv --without-pip .venv;; esac; exec "{sys.executable}" "$@"')
+    write_script(
+        tools / "python3", f'case "$1" in -m) set -- -m venv --without-pip .venv;; esac; exec "{sys.executable}" "$@"'
+    )
     for name in ("bash", "sh", "touch"):
         (tools / name).symlink_to(shutil.which(name))
     done = make(tmp_path, ".venv/.created", path=str(tools))
@@ -122,7 +142,7 @@ def test_make_falls_back_to_python3(tmp_path):
 
 
 def test_second_start_installs_nothing(tmp_path):
-    """With the stamps in place `make -n` only runs; touching pyproject.toml installs again, the tests' stamp serves the demo."""
+    """With the stamps in place `make -n` only runs; a newer pyproject.toml installs again."""
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
         os.utime(tmp_path / name, (1, 1))
@@ -149,12 +169,14 @@ def test_ci_passes_on_what_pytest_says(tmp_path, pytest_exit, passes):
     for stamp in (".created", ".installed-eval", ".installed-test"):
         (tmp_path / ".venv" / stamp).touch()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        ["bash", ".ci/run"], cwd=tmp_path, capture_output=True, env=environment, stdin=subprocess.DEVNULL
+    )
     assert (done.returncode == 0) is passes
     assert [line.split()[:2] for line in (tmp_path / "ran").read_text().splitlines()] == [["-m", "pytest"]]
 
 
-# --------------------------------------------------------------------------------------------------- doctor and precision
+# ------------------------------------------------------------------------------------------------ doctor and precision
 
 
 def test_doctor_says_what_is_here_as_json_and_as_lines(capsys):
@@ -190,7 +212,8 @@ def test_doctor_warns_of_what_was_never_tested(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("memory", "level", "word"), [(141.0, "ok", "exact AdamW"), (96.0, "ok", "8-bit"), (24.0, "warn", "GiB of GPU memory")]
+    ("memory", "level", "word"),
+    [(141.0, "ok", "exact AdamW"), (96.0, "ok", "8-bit"), (24.0, "warn", "GiB of GPU memory")],
 )
 def test_doctor_says_whether_an_8b_decoder_fits(memory, level, word):
     works = {w.name: w for w in doctor.what_works([], [{"memory_gib": memory}])}

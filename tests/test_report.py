@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_vlm.evaluation.charts import Axis, axis
-from aimv2_vlm.evaluation.report import (
+from aimv2_vlm.evaluation.charts import Axis, axis, text
+from aimv2_vlm.evaluation.findings import (
     LARGE_PRINT,
     SMALL_PRINT,
     Arm,
@@ -19,10 +19,9 @@ from aimv2_vlm.evaluation.report import (
     PrintHeights,
     choose_samples,
     resolution_gain,
-    text,
     uses_picture,
-    write_report,
 )
+from aimv2_vlm.evaluation.report import write_report
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(2)> \u202eevil\x00 \ud800 & \"quotes\" 'too'"
 ARMS = [("demo 1x1", "1x1", None), ("demo 2x2", "2x2", None), ("demo 2x2 upsampled", "2x2", 112)]
@@ -31,7 +30,7 @@ NUM_PICTURES = 100
 PICTURE, ENCODER = 224, 112  # pixels: pictures of the benchmarks, one view of the encoder
 
 
-# ------------------------------------------------------------------------------------------------ directories to report on
+# -------------------------------------------------------------------------------------------- directories to report on
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -42,26 +41,56 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def make_run(path: Path, pretraining: bool, steps: int = 300, seed: int = 0) -> Path:
     noise, rows = random.Random(seed), []
     for step in range(10, steps + 1, 10):
-        row = {"step": step, "samples": 64 * step, "tokens": 900 * step, "lr": 1e-3 * (1 - step / steps), "grad_norm": 1.0}
+        row = {
+            "step": step,
+            "samples": 64 * step,
+            "tokens": 900 * step,
+            "lr": 1e-3 * (1 - step / steps),
+            "grad_norm": 1.0,
+        }
         row |= {"samples_per_s": 140.0 + noise.random(), "data_wait": 0.01, "bad_samples": 3}
         if pretraining:
             text_loss = 1.1 + 5 * math.exp(-step / 60) + 0.1 * noise.random()
             pixel_loss = 0.55 + 0.5 * math.exp(-step / 90) + 0.02 * noise.random()
-            row |= {"loss": text_loss + 0.4 * pixel_loss, "text_loss": text_loss, "pixel_loss": pixel_loss, "mean_color_loss": 0.83}
+            row |= {
+                "loss": text_loss + 0.4 * pixel_loss,
+                "text_loss": text_loss,
+                "pixel_loss": pixel_loss,
+                "mean_color_loss": 0.83,
+            }
         else:
             row["loss"] = 0.4 + 6 * math.exp(-step / 40) + 0.05 * noise.random()
         rows.append(row)
         if pretraining and step % 50 == 0:
-            rows.append({"step": step, "val_loss": 2.0, "val_pixel_loss": row["pixel_loss"] + 0.03, "val_text_loss": text_loss + 0.2, "val_mean_color_loss": 0.845})
+            rows.append(
+                {
+                    "step": step,
+                    "val_loss": 2.0,
+                    "val_pixel_loss": row["pixel_loss"] + 0.03,
+                    "val_text_loss": text_loss + 0.2,
+                    "val_mean_color_loss": 0.845,
+                }
+            )
     write_jsonl(path / "metrics.jsonl", rows)
     (path / "recipe.yaml").write_text("seed: 0\nprecision: auto\noptim:\n  lr: 0.001\n", encoding="utf-8")
-    environment = {"versions": {"torch": "2.15.0", "transformers": "5.23.0"}, "git_commit": "c0ffee", "seed": 0, "world": 1, "cores": 2, "processor": "a CPU"}
+    environment = {
+        "versions": {"torch": "2.15.0", "transformers": "5.23.0"},
+        "git_commit": "c0ffee",
+        "seed": 0,
+        "world": 1,
+        "cores": 2,
+        "processor": "a CPU",
+    }
     (path / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
-    (path / "data_report.json").write_text(json.dumps({"samples": 6000, "bad_samples_in_training": 3, "named": ["a"]}), encoding="utf-8")
+    (path / "data_report.json").write_text(
+        json.dumps({"samples": 6000, "bad_samples_in_training": 3, "named": ["a"]}), encoding="utf-8"
+    )
     (path / "checkpoints" / f"step_{steps:08d}").mkdir(parents=True)
     (path / "final").mkdir()
     (path / "final" / "model.safetensors").write_bytes(b"0" * 2_500_000)
-    (path / "final" / "config.json").write_text(json.dumps({"vision_config": {"image_size": ENCODER}}), encoding="utf-8")
+    (path / "final" / "config.json").write_text(
+        json.dumps({"vision_config": {"image_size": ENCODER}}), encoding="utf-8"
+    )
     return path
 
 
@@ -114,9 +143,29 @@ def make_evaluation(root: Path, models: Path, num_pictures: int, hostile: str = 
         word = noise.choice(["apple", "bird", "clock", "piano"])
         picture = {"bytes": draw_picture(i, word, height, size), "path": None}
         common = {"picture_id": f"p{i}", "image": picture, "options": [""], "answer_letter": ""}
-        questions["scenes_print"].append({"id": f"word{i}", "question": "Which word is printed?", "question_form": "word", "answers": [word], "attribute": "word", "print_height": float(height), **common})
+        questions["scenes_print"].append(
+            {
+                "id": f"word{i}",
+                "question": "Which word is printed?",
+                "question_form": "word",
+                "answers": [word],
+                "attribute": "word",
+                "print_height": float(height),
+                **common,
+            }
+        )
         for attribute in ("digit", "color"):
-            questions["scenes_exact"].append({"id": f"{attribute}{i}", "question": f"Which {attribute}?", "question_form": attribute, "answers": ["7"], "attribute": attribute, "print_height": float("nan"), **common})
+            questions["scenes_exact"].append(
+                {
+                    "id": f"{attribute}{i}",
+                    "question": f"Which {attribute}?",
+                    "question_form": attribute,
+                    "answers": ["7"],
+                    "attribute": attribute,
+                    "print_height": float("nan"),
+                    **common,
+                }
+            )
     ledger = []
     for benchmark, rows in questions.items():
         write_benchmark(root / "data" / benchmark, rows)
@@ -125,26 +174,65 @@ def make_evaluation(root: Path, models: Path, num_pictures: int, hostile: str = 
                 samples = []
                 for doc, row in enumerate(rows):
                     right = noise.random() < chance(arm, row["attribute"], row["print_height"], control)
-                    samples.append({key: row[key] for key in ("id", "picture_id", "question", "answers", "attribute", "print_height", "question_form")}
-                                   | {"doc_id": doc, "question": row["question"] + hostile, "prediction": row["answers"][0] if right else f"no{hostile}", "score": float(right), "error": None})
+                    samples.append(
+                        {
+                            key: row[key]
+                            for key in (
+                                "id",
+                                "picture_id",
+                                "question",
+                                "answers",
+                                "attribute",
+                                "print_height",
+                                "question_form",
+                            )
+                        }
+                        | {
+                            "doc_id": doc,
+                            "question": row["question"] + hostile,
+                            "prediction": row["answers"][0] if right else f"no{hostile}",
+                            "score": float(right),
+                            "error": None,
+                        }
+                    )
                 name = f"samples/{benchmark}-{arm[0]}-{control}.jsonl".replace(" ", "_")
                 write_jsonl(out / name, samples)
                 score = 100 * sum(s["score"] for s in samples) / len(samples)
-                ledger.append({
-                    "model": arm[0] + hostile, "model_path": str(models / "final"), "tiling": arm[1], "source_size": arm[2],
-                    "tokens_per_picture": 64 if arm[1] == "1x1" else 328, "benchmark": benchmark, "split": "test", "control": control,
-                    "metric": "exact_match", "score": score, "interval": [max(0, score - 5), min(100, score + 5)],
-                    "num_questions": len(samples), "num_pictures": num_pictures, "num_errors": 0, "prompt": f"Answer the question using a single word or phrase.{hostile}",
-                    "prompt_hash": "ab", "majority_score": 21.5, "data": str(root / "data" / benchmark), "data_hash": "d" * 64, "seed": 0,
-                    "versions": {"lmms_eval": "0.7.3"}, "seconds": 12.5, "samples": name,
-                })  # fmt: skip
+                row = {
+                    "model": arm[0] + hostile,
+                    "model_path": str(models / "final"),
+                    "tiling": arm[1],
+                    "source_size": arm[2],
+                    "tokens_per_picture": 64 if arm[1] == "1x1" else 328,
+                    "benchmark": benchmark,
+                    "split": "test",
+                    "control": control,
+                    "metric": "exact_match",
+                    "score": score,
+                    "interval": [max(0, score - 5), min(100, score + 5)],
+                    "num_questions": len(samples),
+                    "num_pictures": num_pictures,
+                    "num_errors": 0,
+                    "prompt": f"Answer the question using a single word or phrase.{hostile}",
+                    "majority_score": 21.5,
+                    "data": str(root / "data" / benchmark),
+                    "data_hash": "d" * 64,
+                    "versions": {"lmms_eval": "0.7.3"},
+                    "seconds": 12.5,
+                    "samples": name,
+                }
+                ledger.append(row)
     write_jsonl(out / "ledger.jsonl", ledger)
     return out
 
 
 def make_everything(root: Path, hostile: str = "", **sizes) -> dict:
     runs = {"pre-training": make_run(root / "pretrain", True), "tuning 2x2": make_run(root / "sft", False, seed=1)}
-    return {"runs": runs, "eval_dir": make_evaluation(root, root / "sft", hostile=hostile, **sizes), "title": f"The demo{hostile}"}
+    return {
+        "runs": runs,
+        "eval_dir": make_evaluation(root, root / "sft", hostile=hostile, **sizes),
+        "title": f"The demo{hostile}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +287,24 @@ def number_of(cell: str) -> float:
     return float(cell.replace("\u2212", "-").replace(",", ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------ the page
 
 
 def assert_self_contained(source: str) -> None:
     parsed = Page(source)
     for tag, attributes in parsed.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "use", "image", "foreignobject"), tag
+        assert tag not in (
+            "script",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "form",
+            "use",
+            "image",
+            "foreignobject",
+        ), tag
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
@@ -252,7 +351,9 @@ def test_table_says_what_the_ledger_says(made, page):
             assert blind == f"{cells[benchmark, name, 'blind']['score']:.1f}"
             assert wrong == f"{cells[benchmark, name, 'wrong_picture']['score']:.1f}"
             assert majority == f"{real['majority_score']:.1f}"
-            controls = [cells[benchmark, name, c]["score"] for c in ("blind", "wrong_picture")] + [real["majority_score"]]
+            controls = [cells[benchmark, name, c]["score"] for c in ("blind", "wrong_picture")] + [
+                real["majority_score"]
+            ]
             assert number_of(used) == pytest.approx(real["score"] - max(controls), abs=0.051)
             assert tokens == str(real["tokens_per_picture"])
     assert seen == {(b, m) for b, m, c in cells if c is None}
@@ -321,26 +422,46 @@ def test_right_and_wrong_are_said_in_words_and_tiles_are_drawn(page):
     assert any(a.get("class") == "pad" for _, a in parsed.tags)  # some pictures are wider than high
 
 
+def test_a_question_without_an_answer_is_no_score_and_is_shown_as_such(tmp_path):
+    made = make_everything(tmp_path, num_pictures=6)
+    rows = [json.loads(line) for line in (made["eval_dir"] / "ledger.jsonl").read_text().splitlines()]
+    for row in rows:
+        samples = [json.loads(line) for line in (made["eval_dir"] / row["samples"]).read_text().splitlines()]
+        lost = samples[0] | {"score": None, "prediction": None, "error": "the picture is cut off"}
+        write_jsonl(made["eval_dir"] / row["samples"], [lost, *samples[1:]])
+        row |= {"score": 100 * sum(s["score"] for s in samples[1:]) / (len(samples) - 1), "num_errors": 1}
+    write_jsonl(made["eval_dir"] / "ledger.jsonl", rows)
+    evaluation = Evaluation(made["eval_dir"])
+    assert [len(evaluation.samples(evaluation.arms[0], b)) for b in evaluation.benchmarks] == [11, 5]
+    words = Page(write_report(tmp_path / "report.html", **made).read_text(encoding="utf-8")).words
+    assert "gaps" not in words and "3 errors" in words["results"]
+    assert words["samples"].count("no answer: the picture is cut off") % 3 == 0
+
+
 def test_hostile_strings_stay_text(tmp_path):
-    made = make_everything(tmp_path, hostile=HOSTILE, num_pictures=12)
-    (made["runs"]["pre-training"] / "recipe.yaml").write_text(f"seed: 0  # {HOSTILE}".encode("utf-8", "replace").decode(), encoding="utf-8")
+    made = make_everything(tmp_path, hostile=HOSTILE, num_pictures=40)
+    (made["runs"]["pre-training"] / "recipe.yaml").write_text(
+        f"seed: 0  # {HOSTILE}".encode("utf-8", "replace").decode(), encoding="utf-8"
+    )
     source = write_report(tmp_path / "report.html", **made, extra={HOSTILE: HOSTILE}).read_text(encoding="utf-8")
     assert_self_contained(source)
     parsed = Page(source)
     assert "<script>alert(1)</script>" in parsed.words["results"]  # as words, not as a tag
     assert not any("onerror" in a for _, a in parsed.tags)
-    assert "\x00" not in source
+    assert "\x00" not in source and len([a for tag, a in parsed.tags if a.get("class") == "chart"]) == 5
 
 
 def test_escaping_covers_what_html_could_read():
     assert text("<a href='x'>&\"\x00\ud800") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;\ufffd?"
 
 
-# ----------------------------------------------------------------------------------------------------------- missing pieces
+# ------------------------------------------------------------------------------------------------------ missing pieces
 
 
 def test_nothing_at_all_is_said_and_not_guessed(tmp_path):
-    source = write_report(tmp_path / "a" / "report.html", runs={}, eval_dir=None, title="empty").read_text(encoding="utf-8")
+    source = write_report(tmp_path / "a" / "report.html", runs={}, eval_dir=None, title="empty").read_text(
+        encoding="utf-8"
+    )
     assert_self_contained(source)
     parsed = Page(source)
     assert [a["id"] for t, a in parsed.tags if t == "section"] == ["headline", "gaps", *SECTIONS[1:]]
@@ -358,8 +479,23 @@ def test_nothing_at_all_is_said_and_not_guessed(tmp_path):
         (lambda m: cut_last_line(m["eval_dir"] / "ledger.jsonl"), "1 unreadable line in ledger.jsonl"),
         (lambda m: (m["eval_dir"] / "ledger.jsonl").unlink(), "no ledger.jsonl"),
         (lambda m: next((m["eval_dir"] / "samples").glob("scenes_print-demo_2x2-None*")).unlink(), "no samples file"),
-        (lambda m: next((m["eval_dir"] / "samples").glob("scenes_print-demo_2x2-None*")).write_text('{"id": "a", "score": 1}\n'), "average to"),
-        (lambda m: next((m["eval_dir"].parent / "data" / "scenes_print" / "data").iterdir()).unlink(), "pictures could not be read"),
+        (
+            lambda m: next((m["eval_dir"] / "samples").glob("scenes_print-demo_2x2-None*")).write_text(
+                '{"id": "a", "score": 1}\n'
+            ),
+            "average to",
+        ),
+        (
+            lambda m: write_jsonl(
+                m["eval_dir"] / "failed.jsonl",
+                [{"model": "other", "benchmark": "scenes_exact", "control": "blind", "reason": "no memory"}],
+            ),
+            "other, scenes_exact, blind failed: no memory",
+        ),
+        (
+            lambda m: next((m["eval_dir"].parent / "data" / "scenes_print" / "data").iterdir()).unlink(),
+            "pictures could not be read",
+        ),
     ],
 )
 def test_a_missing_piece_is_named_and_the_rest_is_shown(tmp_path, damage, said):
@@ -384,10 +520,12 @@ def test_report_is_replaced_whole_or_not_at_all(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-# -------------------------------------------------------------------------------------------------------------------- axes
+# ---------------------------------------------------------------------------------------------------------------- axes
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.4, 6.0), (0.58, 1.02), (3.9, 33.0), (1e-5, 1e-3), (1.1, 1.3), (8, 36), (100, 1e6)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.4, 6.0), (0.58, 1.02), (3.9, 33.0), (1e-5, 1e-3), (1.1, 1.3), (8, 36), (100, 1e6)]
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_ticks_are_few_round_and_inside(low, high, log):
     drawn = axis("", [low, high], log=log)

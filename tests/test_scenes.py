@@ -33,6 +33,16 @@ def test_test_generator_is_frozen():
     assert S.test_generator_hash() == S.TEST_GENERATOR_HASH
 
 
+@pytest.mark.parametrize("name", ["PRINT_HEIGHTS", "QUESTION_FORMS", "WORDS", "SUFFIXES", "FONTS"])
+def test_the_hash_notices_a_change(monkeypatch, name):
+    old = getattr(S, name)
+    new = {k: v + "!" for k, v in old.items()} if isinstance(old, dict) else type(old)(reversed(old))
+    monkeypatch.setattr(S, name, new)
+    changed = S.test_generator_hash(2)
+    monkeypatch.undo()
+    assert S.test_generator_hash(2) != changed
+
+
 def test_digits_are_those_of_scikit_learn_and_fonts_those_of_matplotlib():
     import matplotlib
     from sklearn.datasets import load_digits

@@ -35,8 +35,9 @@ def canonicalize(text: str) -> str:
 class CaptionTokenizer:
     """Text -> ids that end with the end token, at most `context_length` of them **with** it.
 
-    Works with any sentencepiece `.model`. In SigLIP's, pad and end are the same id: mask by length, never by id. `num_truncated` counts
-    captions that were cut. Raises UserError when the file is no sentencepiece model or has no end token.
+    Works with any sentencepiece `.model`. In SigLIP's, pad and end are the same id: mask by length, never by id.
+    `num_truncated` counts captions that were cut. Raises UserError when the file is no sentencepiece model or has no
+    end token.
     """
 
     def __init__(self, model_file: str | os.PathLike, context_length: int = 77, canonicalize: bool = True):
@@ -81,7 +82,8 @@ class CaptionTokenizer:
         return canonicalize(text) if self.canonicalize else text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, the end token last; at most `context_length`. Only the end token when nothing is left after cleaning."""
+        """Ids of a caption, the end token last; at most `context_length`. Only the end token when nothing is left
+        after cleaning."""
         return self.encode_counted(text)[0]
 
     def encode_counted(self, text: str) -> tuple[list[int], bool]:
@@ -114,10 +116,12 @@ def train_tokenizer(
     model_type: str = "unigram",
     canonicalize: bool = True,
 ) -> int:
-    """Train a sentencepiece model on captions; returns its vocabulary size (smaller when the captions do not yield `vocab_size` pieces).
+    """Train a sentencepiece model on captions; returns its vocabulary size (smaller when the captions do not yield
+    `vocab_size` pieces).
 
-    pad 0, end 1, unknown 2, no begin token (that is a learned vector). The same texts and arguments give the same file. The texts are
-    prepared as `CaptionTokenizer(canonicalize=…)` will prepare them. Raises UserError when there is no text or too small a vocabulary.
+    pad 0, end 1, unknown 2, no begin token (that is a learned vector). The same texts and arguments give the same
+    file. The texts are prepared as `CaptionTokenizer(canonicalize=…)` will prepare them. Raises UserError when there
+    is no text or too small a vocabulary.
     """
     import sentencepiece
 
@@ -151,7 +155,9 @@ def train_tokenizer(
                 vocab_size = int(allowed[1])
                 continue
             reason = re.sub(r"\s+", " ", str(error))[-200:]
-            raise UserError(f"text.vocab_size = {vocab_size}: sentencepiece cannot train on these captions: {reason}") from error
+            raise UserError(
+                f"text.vocab_size = {vocab_size}: sentencepiece cannot train on these captions: {reason}"
+            ) from error
     path = Path(model_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:

@@ -380,16 +380,17 @@ def _train_llama2(texts: Iterable[str], vocab_size: int):
 
     special = ["<unk>", "<s>", "</s>"]
     extra = ["<pad>", IMAGE]
+    ascii_ = ["▁", "\n", *map(chr, range(33, 127))]
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("\n", behavior="isolated"),
         pre_tokenizers.Digits(individual_digits=True),
     ])
     num_learned = vocab_size - len(extra)
-    _check_vocab_size(num_learned, 256 + len(special), vocab_size)
+    _check_vocab_size(num_learned, 256 + len(special) + len(ascii_), vocab_size)
     trainer = trainers.BpeTrainer(
         vocab_size=num_learned, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False,
-        limit_alphabet=max(1, min(200, (num_learned - 256) // 2)),
+        initial_alphabet=ascii_, limit_alphabet=max(len(ascii_), (num_learned - 256) // 2),
     )
     backend.train_from_iterator(texts, trainer)
     # The byte tokens were "special" for the trainer only, which keeps those in the vocabulary unconditionally.

@@ -230,7 +230,8 @@ def _build(directory: Path, digest: str, paths: list[str], tiling: Tiling, image
                         entry["bad"], entry["place"] = str(error), None
                     entries.append(entry)
                 if views:
-                    features_KND = encode(torch.cat(views)).float().cpu().contiguous()
+                    with torch.no_grad():
+                        features_KND = encode(torch.cat(views)).float().cpu().contiguous()
                     view_shape = tuple(features_KND.shape[1:])
                     file.write(features_KND.numpy().tobytes())
                     num_stored += len(views)

@@ -1,9 +1,10 @@
 """Which sample stands at global position i: arithmetic on (seed, i), no state (decision 2 of the design).
 
-Three steps, each O(log) in what it depends on. The mixture: a binary tree over the sources splits positions 0, 1, 2, … by rounding, so at
-every prefix each source has its quota within one sample. The epoch: a source's r-th sample is number r mod n of its epoch r div n. The
-shuffle: shards are ordered by hash, cut into windows, and the samples of one window are permuted by a keyed Feistel network. Everything is
-integer arithmetic written out here, so the order does not depend on the version of any library.
+Three steps, each O(log) in what it depends on. The mixture: a binary tree over the sources splits positions 0, 1, 2, …
+by rounding, so at every prefix each source has its quota within one sample (`Order.quota_bound`). The epoch: a source's
+r-th sample is number r mod n of its epoch r div n. The shuffle: shards are ordered by hash, cut into windows, and the
+samples of one window are permuted by a keyed Feistel network. Everything is integer arithmetic written out here, so the
+order does not depend on the version of any library.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def combine(*values: int) -> int:
     return key
 
 
-# ------------------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------------------
+# draws
 
 
 class Draws:
@@ -80,11 +82,13 @@ def draws(seed: int, position: int, stream: str) -> Draws:
     return Draws(combine(sample_seed(seed, position), STREAMS[stream]))
 
 
-# ------------------------------------------------------------------------------------------------------------ permutations
+# ------------------------------------------------------------------------------------------------------------
+# permutations
 
 
 def permute(index: int, length: int, key: int) -> int:
-    """Where `index` goes under the keyed permutation of 0 … length - 1: four Feistel rounds, walking the cycle into range."""
+    """Where `index` goes under the keyed permutation of 0 … length - 1: four Feistel rounds, walking the cycle into
+    range."""
     half = max(1, ((length - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -104,7 +108,8 @@ def _shard_order(num_shards: int, key: int) -> np.ndarray:
     return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")
 
 
-# ----------------------------------------------------------------------------------------------------------------- mixture
+# -----------------------------------------------------------------------------------------------------------------
+# mixture
 
 
 class _Split(NamedTuple):
@@ -119,9 +124,10 @@ class _Split(NamedTuple):
 def _mixture_tree(weights: Sequence[int]) -> tuple["_Split | int", Fraction]:
     """(tree, proven bound on |count - quota| over all prefixes and sources) for positive integer weights.
 
-    A source's deviation is at most ½ (1 + Σ w / W) over the nodes W strictly between it and the root. So a source bears Σ 1 / W <= 1 / w
-    for a bound of one sample, and a group of sources bears what its worst split leaves, less its own 1 / W. The tree that bears most
-    is found by dynamic programming: over all groups up to ten sources, over runs of the sources sorted by weight beyond.
+    A source's deviation is at most ½ (1 + Σ w / W) over the nodes W strictly between it and the root. So a source
+    bears Σ 1 / W <= 1 / w for a bound of one sample, and a group of sources bears what its worst split leaves, less
+    its own 1 / W. The tree that bears most is found by dynamic programming: over all groups up to ten sources, over
+    runs of the sources sorted by weight beyond.
     """
     numbers = sorted(range(len(weights)), key=lambda number: (weights[number], number), reverse=True)
     num_sources = len(numbers)
@@ -172,7 +178,8 @@ def _left_count(node: _Split, position: int) -> int:
     return (2 * position * node.left_weight + node.weight) // (2 * node.weight)
 
 
-# ------------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------------------------------
+# order
 
 
 class Place(NamedTuple):
@@ -193,22 +200,27 @@ class _Epoch:
 class Order:
     """Position -> sample, for a mixture of sources.
 
-    num_samples: per source, the number of samples of each shard. weights: per source, any non-negative numbers (normalised; 0 leaves the
-    source out). window_shards: shards whose samples are shuffled together. Raises UserError for impossible input.
+    num_samples: per source, the number of samples of each shard. weights: per source, any non-negative numbers
+    (normalised; 0 leaves the source out). window_shards: shards whose samples are shuffled together. Raises UserError
+    for impossible input.
     """
 
     def __init__(
         self, num_samples: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window_shards: int = 16
     ):
         if len(num_samples) != len(weights) or not weights:
-            raise UserError(f"data.sources: {len(num_samples)} sources and {len(weights)} weights; need one weight for each")
+            raise UserError(
+                f"data.sources: {len(num_samples)} sources and {len(weights)} weights; need one weight for each"
+            )
         if window_shards < 1:
             raise UserError(f"data.window_shards = {window_shards}: must be at least 1")
         for number, weight in enumerate(weights):
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise UserError(f"data.sources[{number}].weight = {weight!r}: must be a number that is not negative")
             if weight > 0 and sum(num_samples[number]) == 0:
-                raise UserError(f"data.sources[{number}]: has a weight but not one usable sample; see `aimv2-vlm data check`")
+                raise UserError(
+                    f"data.sources[{number}]: has a weight but not one usable sample; see `aimv2-vlm data check`"
+                )
         if not any(weights):
             raise UserError("data.sources: every weight is 0; at least one must be positive")
         self.seed, self.window_shards = seed, window_shards
@@ -220,6 +232,7 @@ class Order:
         self.weights = [int(fraction * scale) for fraction in exact]
         live = [number for number, weight in enumerate(self.weights) if weight > 0]
         self._live = live
+        # Proven bound on |count - quota|: at most 1 up to four sources and for the paper's five, at worst a few percent above.
         self._tree, self.quota_bound = _mixture_tree([self.weights[number] for number in live])
         self._epochs: dict[tuple[int, int], _Epoch] = {}
 
@@ -268,7 +281,8 @@ class Order:
         return Place(source, layout.shards[slot], within - layout.starts[slot], epoch)
 
     def positions_for_epochs(self, epochs: float = 1.0) -> int:
-        """The least number of positions after which every source of positive weight has gone through `epochs` of its samples."""
+        """The least number of positions after which every source of positive weight has gone through `epochs` of its
+        samples."""
         need = [math.ceil(self.totals[number] * epochs) for number in self._live]
         low, high = 0, 1
         while not self._reached(high, need):
@@ -299,13 +313,15 @@ class Order:
         return vars(self) | {"_epochs": {}}
 
 
-# ------------------------------------------------------------------------------------------------------------- fingerprint
+# -------------------------------------------------------------------------------------------------------------
+# fingerprint
 
 
 def fingerprint(seed: int, window_shards: int, sources: Sequence[Mapping[str, Any]], **more: Any) -> dict:
     """What the order depends on, JSON-ready, with a digest of it all.
 
-    sources: {"name", "weight", "caption", "shards": [{"name", "size", "count", "digest"}]} each; `more`: other facts that must not change.
+    sources: {"name", "weight", "caption", "shards": [{"name", "size", "count", "digest"}]} each; `more`: other facts
+    that must not change.
     """
     facts = {"order_version": ORDER_VERSION, "seed": seed, "window_shards": window_shards, **more}
     facts["sources"] = [dict(source) for source in sources]
@@ -350,6 +366,8 @@ def _compare_shards(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]
         different = [f"{key} {one.get(key)} -> {two.get(key)}" for key in one if one.get(key) != two.get(key)]
         if different:
             changes.append(f"shard {one['name']}: {', '.join(different)}")
-    return changes + [f"shard {shard['name']} removed" for shard in old[len(new) :]] + [
-        f"shard {shard['name']} added" for shard in new[len(old) :]
-    ]
+    return (
+        changes
+        + [f"shard {shard['name']} removed" for shard in old[len(new) :]]
+        + [f"shard {shard['name']} added" for shard in new[len(old) :]]
+    )

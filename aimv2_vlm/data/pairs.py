@@ -23,9 +23,10 @@ VALIDATION_SEED = 20_241_121
 class PairDataset:
     """Samples of an image-text mixture as a function of (seed, position).
 
-    sources: objects with `.name`, `.path`, `.weight`, `.caption` (config.PairSource). image: `.size` (pixels), `.scale`, `.ratio`, `.flip`,
-    `.resize` (config.ImageInput). num_patches: N; prefixes are U{1 … N - 1}. cache_dir: for indexes whose shards cannot be written
-    beside. shuffle_captions: control arm, every picture gets the caption of another picture of its source, always the same one.
+    sources: objects with `.name`, `.path`, `.weight`, `.caption` (config.PairSource). image: `.size` (pixels),
+    `.scale`, `.ratio`, `.flip`, `.resize` (config.ImageInput). num_patches: N; prefixes are U{1 … N - 1}. cache_dir:
+    for indexes whose shards cannot be written beside. shuffle_captions: control arm, every picture gets the caption
+    of another picture of its source, always the same one.
 
     A sample that turns out bad keeps its position, with weight 0, and is named. Cheap to send to worker processes.
     """
@@ -69,7 +70,9 @@ class PairDataset:
         # First storage number of each shard, over all sources: where `validation` and wrong captions find a sample.
         counts = [count for shards in self.shards for count in shards.num_samples]
         self._starts = [0, *itertools.accumulate(counts)]
-        self._shard_of = [(number, shard) for number, shards in enumerate(self.shards) for shard in range(len(shards.paths))]
+        self._shard_of = [
+            (number, shard) for number, shards in enumerate(self.shards) for shard in range(len(shards.paths))
+        ]
 
     # --------------------------------------------------------------------------------------------------------- sizes
 
@@ -100,7 +103,8 @@ class PairDataset:
         return fingerprint(self.seed, self.order.window_shards, sources, shuffle_captions=self.shuffle_captions)
 
     def texts(self, limit: int | None = None) -> Iterable[str]:
-        """Captions in storage order (first column of each sample), for training a tokenizer; unreadable samples are passed over."""
+        """Captions in storage order (first column of each sample), for training a tokenizer; unreadable samples are
+        passed over."""
         for number in range(self.num_samples if limit is None else min(limit, self.num_samples)):
             try:
                 yield self._stored(number)[0].caption
@@ -111,24 +115,30 @@ class PairDataset:
 
     def fetch(self, position: int) -> dict:
         """The training sample at a global position:
-        pixels uint8 (3, S, S); input_ids int64 (T,) padded to the context length; text_length, end token included; truncated; prefix_length;
-        weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank and the length is 0)."""
+        pixels uint8 (3, S, S); input_ids int64 (T,) padded to the context length; text_length, end token included;
+        truncated; prefix_length; weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank
+        and the length is 0)."""
         place = self.order.locate(position)
         prefix_length = draws(self.seed, position, "prefix").integers(1, self.num_patches)
         shards = self.shards[place.source]
         try:
             raw = shards.read(place.shard, place.sample, draws(self.seed, position, "caption"))
-            caption = self._wrong_caption(place.source, place.shard, place.sample) if self.shuffle_captions else raw.caption
+            caption = (
+                self._wrong_caption(place.source, place.shard, place.sample) if self.shuffle_captions else raw.caption
+            )
         except BadSample as error:
             return self._blank(error.key, prefix_length, str(error))
         crop = draws(self.seed, position, "crop")
         return self._sample(
-            raw, caption, prefix_length, lambda data: self.train_transform.decode(data, crop, self.max_pixels, self.max_bytes)
+            raw,
+            caption,
+            prefix_length,
+            lambda data: self.train_transform.decode(data, crop, self.max_pixels, self.max_bytes),
         )
 
     def fetch_validation(self, position: int) -> dict:
-        """Sample number `position` in storage order (sources in the order given): centre crop, the first column's caption, a prefix that
-        depends on the position only. The row is that of `fetch`."""
+        """Sample number `position` in storage order (sources in the order given): centre crop, the first column's
+        caption, a prefix that depends on the position only. The row is that of `fetch`."""
         prefix_length = draws(VALIDATION_SEED, position, "prefix").integers(1, self.num_patches)
         try:
             raw, (source, shard, sample) = self._stored(position)
@@ -136,7 +146,10 @@ class PairDataset:
         except BadSample as error:
             return self._blank(error.key, prefix_length, str(error))
         return self._sample(
-            raw, caption, prefix_length, lambda data: self.eval_transform(decode_image(data, self.max_pixels, self.max_bytes))
+            raw,
+            caption,
+            prefix_length,
+            lambda data: self.eval_transform(decode_image(data, self.max_pixels, self.max_bytes)),
         )
 
     def microbatch(self, positions: Iterable[int]) -> dict:
@@ -152,7 +165,9 @@ class PairDataset:
     ) -> dict:
         ids, truncated = self.tokenizer.encode_counted(caption)
         if len(ids) == 1:
-            return self._blank(raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, "caption is empty after cleaning")))
+            return self._blank(
+                raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, "caption is empty after cleaning"))
+            )
         try:
             pixels = decode(raw.image_bytes)
         except BadImage as error:
@@ -197,8 +212,8 @@ class PairDataset:
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict:
-    """Samples -> pixels uint8 (B, 3, S, S), input_ids (B, T), text_lengths, prefix_lengths (B,) int64, weights (B,) float32,
-    num_truncated (captions that were cut), keys (list), bad (list of 'shard: key: reason')."""
+    """Samples -> pixels uint8 (B, 3, S, S), input_ids (B, T), text_lengths, prefix_lengths (B,) int64, weights (B,)
+    float32, num_truncated (captions that were cut), keys (list), bad (list of 'shard: key: reason')."""
     return {
         "pixels": torch.stack([sample["pixels"] for sample in samples]),
         "input_ids": torch.stack([sample["input_ids"] for sample in samples]),

@@ -1,8 +1,9 @@
 """Image-text shards in img2dataset's layout: writing, indexing once, and reading any sample by offset.
 
-A shard is a plain tar of `<key>.jpg|png|webp…`, `<key>.txt`, `<key>.json`. One pass writes an index beside it (offset, size and crc32 of
-every member, grouped by sample); after that a sample is three `pread` calls and nothing in the archive is ever extracted or executed.
-What the pass can see to be bad is counted with a reason and never gets a position (decision 2 of the design).
+A shard is a plain tar of `<key>.jpg|png|webp…`, `<key>.txt`, `<key>.json`. One pass writes an index beside it
+(offset, size and crc32 of every member, grouped by sample); after that a sample is three `pread` calls and nothing in
+the archive is ever extracted or executed. What the pass can see to be bad is counted with a reason and never gets a
+position (decision 2 of the design).
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Draws(Protocol):
     def integers(self, low: int, high: int) -> int: ...
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------------------
+# files
 
 
 @contextlib.contextmanager
@@ -93,8 +95,8 @@ def write_json(path: Path, value: Any) -> None:
 def expand_pattern(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
     """Shard paths for `dir/{00000..00003}.tar`, `dir/{a,b}.tar`, a glob, a folder, or a list of these.
 
-    The order is that of the pattern (globs and folders sorted). Raises UserError when nothing matches, when a file of a brace range is
-    missing, when a file is named twice, and for `pipe:` and other URLs.
+    The order is that of the pattern (globs and folders sorted). Raises UserError when nothing matches, when a file of
+    a brace range is missing, when a file is named twice, and for `pipe:` and other URLs.
     """
     items = [patterns] if isinstance(patterns, (str, os.PathLike)) else list(patterns)
     paths: list[Path] = []
@@ -150,14 +152,18 @@ def _expand_braces(pattern: str) -> list[str]:
     return [before + value + tail for value in values for tail in tails]
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------------------------------
+# writing
 
 
-def write_shards(rows: Iterable[dict], out_dir: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0) -> list[Path]:
+def write_shards(
+    rows: Iterable[dict], out_dir: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0
+) -> list[Path]:
     """Write rows as img2dataset does: `00000.tar`, `00000.parquet`, `00000_stats.json`, …; returns the tar paths.
 
-    A row is {"key": str | None, "image_bytes": bytes, "ext": "jpg", "caption": str, "json": dict}; a missing key becomes
-    `<shard:05d><sample:04d>`. The same rows give the same tar, byte for byte. Every file appears only when complete.
+    A row is {"key": str | None, "image_bytes": bytes, "ext": "jpg", "caption": str, "json": dict}; a missing key
+    becomes `<shard:05d><sample:04d>`. The same rows give the same tar, byte for byte. Every file appears only when
+    complete.
     """
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard = {samples_per_shard}: must be at least 1")
@@ -226,7 +232,8 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
-# --------------------------------------------------------------------------------------------------------------- tar walk
+# --------------------------------------------------------------------------------------------------------------- tar
+# walk
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,9 @@ class _Damage:
 def _octal(field_bytes: bytes) -> int:
     """A tar number: octal text, or GNU's base 256. Raises ValueError."""
     if field_bytes[0] in (0x80, 0xFF):
-        return int.from_bytes(field_bytes[1:], "big") - (1 << (8 * (len(field_bytes) - 1)) if field_bytes[0] == 0xFF else 0)
+        return int.from_bytes(field_bytes[1:], "big") - (
+            1 << (8 * (len(field_bytes) - 1)) if field_bytes[0] == 0xFF else 0
+        )
     text = field_bytes.split(b"\0", 1)[0].strip()
     if not re.fullmatch(rb"[0-7]*", text):
         raise ValueError("not octal")
@@ -268,7 +277,8 @@ def _is_header(block: bytes, need_magic: bool) -> bool:
 
 
 def _walk(file: IO[bytes], file_size: int) -> Iterator[_Member | _Damage]:
-    """All members of a tar in one pass. A damaged header is reported and skipped up to the next block that is a header."""
+    """All members of a tar in one pass. A damaged header is reported and skipped up to the next block that is a
+    header."""
     position, zeros_at, long_name, pax = 0, None, None, {}
     while position + BLOCK <= file_size:
         file.seek(position)
@@ -343,7 +353,8 @@ def _next_block(position: int) -> int:
 
 
 def _resynchronise(file: IO[bytes], position: int, file_size: int) -> int:
-    """Offset of the next block that is a tar header with magic and right checksum; the end of the file if there is none."""
+    """Offset of the next block that is a tar header with magic and right checksum; the end of the file if there is
+    none."""
     while position + BLOCK <= file_size:
         file.seek(position)
         chunk = file.read(min(2**20, file_size - position))
@@ -381,7 +392,8 @@ def _checksum(file: IO[bytes], size: int, keep: bool) -> tuple[int, bytes | None
     return crc, None
 
 
-# ------------------------------------------------------------------------------------------------------------------ index
+# ------------------------------------------------------------------------------------------------------------------
+# index
 
 
 @dataclass
@@ -475,16 +487,25 @@ def _texts(value: Any) -> list[str]:
 def build_index(tar_path: str | os.PathLike) -> tuple[dict, dict]:
     """One pass over a tar -> (header, body), both JSON-ready.
 
-    header: version, name, size, mtime_ns, columns (caption columns seen), column_counts ({bit mask over columns: number of samples}),
-    num_bad, num_damaged, digest. body: per sample key, image / text / metadata as [offset, size, crc32] and its column mask; `bad`
-    ({key, reason} of samples that get no position), `damage` ({offset, reason}), `text_problems` ({sample: reason}).
+    header: version, name, size, mtime_ns, columns (caption columns seen), column_counts ({bit mask over columns:
+    number of samples}), num_bad, num_damaged, digest. body: per sample key, image / text / metadata as [offset, size,
+    crc32] and its column mask; `bad` ({key, reason} of samples that get no position), `damage` ({offset, reason}),
+    `text_problems` ({sample: reason}).
     """
     path = Path(tar_path)
     status = path.stat()
     with open(path, "rb", buffering=2**20) as file:
         samples, damage = _collect(_walk(file, status.st_size))
     names: dict[str, int] = {}
-    body: dict[str, Any] = {"key": [], "image": [], "text": [], "metadata": [], "mask": [], "bad": [], "text_problems": {}}
+    body: dict[str, Any] = {
+        "key": [],
+        "image": [],
+        "text": [],
+        "metadata": [],
+        "mask": [],
+        "bad": [],
+        "text_problems": {},
+    }
     for sample in samples:
         if sample.image is None and not sample.problems:
             found = [*sample.others, *(["txt"] if sample.text else []), *(["json"] if sample.metadata else [])]
@@ -540,7 +561,8 @@ def default_cache_dir() -> Path:
 
 
 def open_index(tar_path: Path, cache_dir: str | os.PathLike | None = None) -> tuple[dict, Path]:
-    """(header, path) of a shard's index; built when absent, of another version, or when the tar's size or time changed."""
+    """(header, path) of a shard's index; built when absent, of another version, or when the tar's size or time
+    changed."""
     try:
         status = tar_path.stat()
     except OSError as error:
@@ -561,7 +583,8 @@ def open_index(tar_path: Path, cache_dir: str | os.PathLike | None = None) -> tu
     failure: OSError | None = None
     for candidate in candidates:
         try:
-            candidate.parent.mkdir(parents=True, exist_ok=True)
+            if not candidate.parent.is_dir():
+                candidate.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(candidate) as file:
                 file.write(_dump(header) + b"\n" + _dump(body) + b"\n")
             return header, candidate
@@ -578,7 +601,10 @@ def _read_header(path: Path) -> dict | None:
             header["version"] == INDEX_VERSION
             and isinstance(header["columns"], list)
             and isinstance(header["digest"], str)
-            and all(mask.isdigit() and isinstance(count, int) and count > 0 for mask, count in header["column_counts"].items())
+            and all(
+                mask.isdigit() and isinstance(count, int) and count > 0
+                for mask, count in header["column_counts"].items()
+            )
         )
         return header if well_formed and {"size", "mtime_ns"} <= header.keys() else None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
@@ -598,7 +624,8 @@ class _Body:
     damage: list[dict]
 
 
-# --------------------------------------------------------------------------------------------------------------- shard set
+# ---------------------------------------------------------------------------------------------------------------
+# shard set
 
 
 def parse_caption(spec: str | Mapping[str, float]) -> dict[str, float]:
@@ -618,8 +645,8 @@ def parse_caption(spec: str | Mapping[str, float]) -> dict[str, float]:
 class ShardSet:
     """The usable samples of some shards, by (shard, sample) number.
 
-    `num_samples[s]` counts what has a picture and at least one wanted caption column. Cheap to pickle; files and indexes are opened
-    lazily in each process and at most `max_open` stay open.
+    `num_samples[s]` counts what has a picture and at least one wanted caption column. Cheap to pickle; files and
+    indexes are opened lazily in each process and at most `max_open` stay open.
     """
 
     def __init__(
@@ -672,14 +699,19 @@ class ShardSet:
         """'shard: key: reason' of everything without a position, and of damage that may have swallowed a sample."""
         named = []
         for shard, (path, header) in enumerate(zip(self.paths, self._headers)):
-            if header["num_bad"] or header["num_damaged"] or self.num_samples[shard] < sum(header["column_counts"].values()):
+            if (
+                header["num_bad"]
+                or header["num_damaged"]
+                or self.num_samples[shard] < sum(header["column_counts"].values())
+            ):
                 body = self._body(shard)
                 named += [f"{path.name}: {item['key']}: {item['reason']}" for item in body.bad]
                 named += [f"{path.name}: (damage): {item['reason']}" for item in body.damage]
         return named
 
     def read(self, shard: int, sample: int, draws: Draws | None = None) -> RawSample:
-        """One sample by offset, checksums verified. `draws` chooses among several captions; None takes the first column's first.
+        """One sample by offset, checksums verified. `draws` chooses among several captions; None takes the first
+        column's first.
 
         Raises BadSample when the bytes are not those that were indexed, UserError when the shard itself is gone.
         """
@@ -692,7 +724,9 @@ class ShardSet:
             return RawSample(key, image, self._member(shard, body, index, "text", "caption").decode("utf-8"), name)
         metadata = json.loads(self._member(shard, body, index, "metadata", "metadata"))
         captions = _texts(metadata["caption" if column == "txt" else column.removeprefix("json:")])
-        return RawSample(key, image, captions[draws.integers(0, len(captions)) if draws and len(captions) > 1 else 0], name)
+        return RawSample(
+            key, image, captions[draws.integers(0, len(captions)) if draws and len(captions) > 1 else 0], name
+        )
 
     def key(self, shard: int, sample: int) -> str:
         body = self._body(shard)
@@ -730,7 +764,9 @@ class ShardSet:
                 try:
                     file = open(self.paths[shard], "rb", buffering=0)
                 except OSError as error:
-                    raise UserError(f"{self.paths[shard]}: the shard disappeared while in use ({error.strerror})") from error
+                    raise UserError(
+                        f"{self.paths[shard]}: the shard disappeared while in use ({error.strerror})"
+                    ) from error
                 self._files[shard] = file
                 if len(self._files) > self.max_open:
                     self._files.popitem(last=False)  # closed when its last reader lets go of it
@@ -770,7 +806,8 @@ class ShardSet:
         return _Body(raw["key"], members, raw["mask"], raw["columns"], usable, raw["bad"] + without, raw["damage"])
 
 
-# ------------------------------------------------------------------------------------------------------------------- pack
+# -------------------------------------------------------------------------------------------------------------------
+# pack
 
 
 def pack(
@@ -782,24 +819,37 @@ def pack(
     max_pixels: int = 64_000_000,
     max_bytes: int = 40_000_000,
 ) -> dict:
-    """A folder of pictures and their captions -> shards; returns (and writes as `data_report.json`) what went in and what did not.
+    """A folder of pictures and their captions -> shards; returns (and writes as `data_report.json`) what went in and
+    what did not.
 
-    captions_file: JSONL rows {"image": path below folder, "captions": [...] | "caption": str, ...}, or CSV with a header row of the
-    same names, or None: `<picture>.txt` beside each picture. Of several captions the first becomes the .txt; all stand in the metadata as
-    `captions` and `caption_0`, `caption_1`, …. `where` keeps the rows whose fields have the given values. Pictures keep their bytes.
-    Raises UserError when an input is missing, the output holds shards already, or no row is usable.
+    captions_file: JSONL rows {"image": path below folder, "captions": [...] | "caption": str, ...}, or CSV with a
+    header row of the same names, or None: `<picture>.txt` beside each picture. Of several captions the first becomes
+    the .txt; all stand in the metadata as `captions` and `caption_0`, `caption_1`, …. `where` keeps the rows whose
+    fields have the given values. Pictures keep their bytes. Raises UserError when an input is missing, the output
+    holds shards already, or no row is usable.
     """
     folder, out_dir = Path(folder), Path(out_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
     if out_dir.is_dir() and any(out_dir.glob("*.tar")):
         raise UserError(f"{out_dir}: holds shards already; choose another folder or remove them")
-    report: dict[str, Any] = {"num_rows": 0, "num_written": 0, "num_skipped": 0, "num_bad": 0, "bad_reasons": Counter(), "bad": []}
+    report: dict[str, Any] = {
+        "num_rows": 0,
+        "num_written": 0,
+        "num_skipped": 0,
+        "num_bad": 0,
+        "bad_reasons": Counter(),
+        "bad": [],
+    }
 
     def usable_rows() -> Iterator[dict]:
         for label, row in _caption_rows(folder, Path(captions_file) if captions_file is not None else None):
             report["num_rows"] += 1
-            if isinstance(row, dict) and where and any(str(row.get(name)) != str(value) for name, value in where.items()):
+            if (
+                isinstance(row, dict)
+                and where
+                and any(str(row.get(name)) != str(value) for name, value in where.items())
+            ):
                 report["num_skipped"] += 1
                 continue
             try:
@@ -824,9 +874,12 @@ def pack(
 
 
 def _caption_rows(folder: Path, captions_file: Path | None) -> Iterator[tuple[str, Any]]:
-    """(label for messages, row) of every input row; a line that is no JSON object comes as it is and is refused later."""
+    """(label for messages, row) of every input row; a line that is no JSON object comes as it is and is refused
+    later."""
     if captions_file is None:
-        for picture in sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS):
+        for picture in sorted(
+            path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+        ):
             sidecar = picture.with_suffix(".txt")
             caption = sidecar.read_bytes().decode("utf-8", "replace") if sidecar.is_file() else ""
             yield str(picture.relative_to(folder)), {"image": str(picture.relative_to(folder)), "caption": caption}
@@ -877,7 +930,8 @@ def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict
     return {"key": None, "image_bytes": data, "ext": header.extension, "caption": captions[0], "json": metadata}
 
 
-# ------------------------------------------------------------------------------------------------------------------ check
+# ------------------------------------------------------------------------------------------------------------------
+# check
 
 
 def check(
@@ -888,7 +942,8 @@ def check(
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """Read and decode every sample: counts, picture sizes, caption lengths, duplicate keys and pictures, every bad sample by name."""
+    """Read and decode every sample: counts, picture sizes, caption lengths, duplicate keys and pictures, every bad
+    sample by name."""
     from aimv2_vlm.data.transforms import BadImage, decode_image
 
     shards = ShardSet(patterns, caption, cache_dir)
@@ -942,4 +997,6 @@ def _quantiles(values: list[int]) -> dict[str, float] | None:
     if not values:
         return None
     levels = {"min": 0, "5%": 5, "median": 50, "95%": 95, "max": 100}
-    return {name: float(np.percentile(values, level)) for name, level in levels.items()} | {"mean": float(np.mean(values))}
+    return {name: float(np.percentile(values, level)) for name, level in levels.items()} | {
+        "mean": float(np.mean(values))
+    }

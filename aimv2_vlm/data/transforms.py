@@ -1,4 +1,5 @@
-"""Picture bytes -> uint8 tensors: decoding with limits, the training crop, the evaluation crop, normalisation on the device."""
+"""Picture bytes -> uint8 tensors: decoding with limits, the training crop, the evaluation crop, normalisation on the
+device."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from aimv2_vlm.data.order import Draws
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 40_000_000
 # Pillow may open these only: others hand the bytes to external programs (EPS) or are no pictures of the web.
-_PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
@@ -106,9 +107,10 @@ def decode_image(
 ) -> torch.Tensor:
     """Picture bytes -> uint8 (3, H, W), RGB, a view of (H, W, 3) memory.
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit become 8-bit RGB; alpha is dropped as Pillow's `convert("RGB")` does (what stock
-    processors see); of animations the first frame. `min_size` (height, width) lets a plain JPEG be decoded at a reduced scale (1/2, 1/4, 1/8)
-    that is not below it. Raises BadImage for limits (judged from the header), damage and truncation.
+    EXIF rotation is applied; grey, palette, CMYK and 16-bit become 8-bit RGB; alpha is dropped as Pillow's
+    `convert("RGB")` does (what stock processors see); of animations the first frame. `min_size` (height, width) lets
+    a plain JPEG be decoded at a reduced scale (1/2, 1/4, 1/8) that is not below it. Raises BadImage for limits
+    (judged from the header), damage and truncation.
     """
     header = read_header(data, max_pixels, max_bytes)
     if header.plain_jpeg:
@@ -150,15 +152,17 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic, antialiased, on uint8 (rounded and clamped): (3, H, W) -> (3, *size)."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
-    pixels_BCHW = pixels[None].contiguous(memory_format=torch.channels_last)  # torch's vectorised path; copies the crop only
+    pixels_BCHW = pixels[None].contiguous(
+        memory_format=torch.channels_last
+    )  # torch's vectorised path; copies the crop only
     return interpolate(pixels_BCHW, size=size, mode="bicubic", antialias=True)[0].contiguous()
 
 
 def draw_crop(
     height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: Draws
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) by torchvision's RandomResizedCrop: area share from `scale`, aspect w/h log-uniform in `ratio`,
-    ten tries, then the largest central crop whose aspect lies in `ratio`."""
+    """(top, left, height, width) by torchvision's RandomResizedCrop: area share from `scale`, aspect w/h log-uniform
+    in `ratio`, ten tries, then the largest central crop whose aspect lies in `ratio`."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
@@ -177,8 +181,9 @@ def draw_crop(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop and flip (paper Table A1). mode `exact` decodes at full size; `fast` lets JPEG decode at a reduced scale
-    that still leaves at least twice the target's pixels in the crop (PSNR above 50 dB against exact)."""
+    """Random resized crop and flip (paper Table A1). mode `exact` decodes at full size; `fast` lets JPEG decode at a
+    reduced scale that leaves the crop's sides at least 2.5 x `size` (about 50 dB PSNR), its corners rounded to pixels
+    of the reduced picture."""
 
     size: int
     scale: tuple[float, float] = (0.4, 1.0)
@@ -191,15 +196,14 @@ class TrainTransform:
         crop = draw_crop(image.shape[1], image.shape[2], self.scale, self.ratio, rng)
         return self._finish(image, crop, rng)
 
-    def decode(
-        self, data: bytes, rng: Draws, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
-    ) -> torch.Tensor:
-        """Picture bytes -> uint8 (3, size, size); the same draws as `__call__` on the decoded picture. Raises BadImage."""
+    def decode(self, data: bytes, rng: Draws, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> torch.Tensor:
+        """Picture bytes -> uint8 (3, size, size); the same draws as `__call__` on the decoded picture. Raises
+        BadImage."""
         header = read_header(data, max_pixels, max_bytes) if self.mode == "fast" else None
         if header is None or not header.plain_jpeg:
             return self(decode_image(data, max_pixels, max_bytes), rng)
         top, left, height, width = draw_crop(header.height, header.width, self.scale, self.ratio, rng)
-        enough = 2 * self.size / min(height, width)
+        enough = 2.5 * self.size / min(height, width)
         least = math.ceil(header.height * enough), math.ceil(header.width * enough)
         image = decode_image(data, max_pixels, max_bytes, min_size=least)
         down, across = image.shape[1] / header.height, image.shape[2] / header.width

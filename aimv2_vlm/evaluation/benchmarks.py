@@ -1,12 +1,13 @@
-"""Benchmark folders: `<root>/<name>/data/<split>-*.parquet`, one question a row, and how each is asked and scored.
+"""Benchmark folders: `<root>/<name>/data/<split>-*.parquet`, one question a row, and how it is asked.
 
-A folder may hold `benchmark.json` {"metric", "prompt_suffix", "split"}; the embedded benchmarks have theirs in `tasks/`.
+A folder may hold `benchmark.json` {"metric", "prompt_suffix", "split"}; the embedded ones have theirs in `tasks/`.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -231,7 +232,7 @@ class TrainingAnswers:
         for row in rows:
             turns = [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or "")
                      for turn in row.get("conversations", [])]  # fmt: skip
-            for (speaker, question), (answerer, answer) in zip(turns, turns[1:], strict=False):
+            for (speaker, question), (answerer, answer) in itertools.pairwise(turns):
                 if speaker in ("human", "user") and answerer in ("gpt", "assistant") and answer.strip():
                     self._answers[_bare(question)].append(answer.strip())
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 44
 NUM_STYLES = 8
+
+
+def text(value: Any) -> str:
+    """Any value as harmless HTML text: escaped, control characters and lone surrogates replaced."""
+    plain = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", plain), quote=True)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,10 @@ class Axis:
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
 
-def axis(label: str, values: Sequence[float], *, log: bool | None = None, low: float | None = None, high: float | None = None) -> Axis:
-    """An axis that holds `values` with a little room; log=None chooses a logarithm when positive values span a factor of 4."""
+def axis(
+    label: str, values: Sequence[float], *, log: bool | None = None, low: float | None = None, high: float | None = None
+) -> Axis:
+    """An axis with a little room around `values`; log=None: logarithmic when positive values span a factor of 4."""
     bottom = min(values) if low is None else low
     top = max(values) if high is None else high
     if log is None:
@@ -91,7 +101,8 @@ _MARKERS = (
 
 def marker(style: int, x: float = 0, y: float = 0) -> str:
     """The series' own shape, so that lines are told apart without colour."""
-    return f'<path class="m s{style % NUM_STYLES}" transform="translate({x:.1f},{y:.1f})" d="{_MARKERS[style % NUM_STYLES]}"/>'
+    look = style % NUM_STYLES
+    return f'<path class="m s{look}" transform="translate({x:.1f},{y:.1f})" d="{_MARKERS[look]}"/>'
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis, description: str) -> str:
@@ -102,7 +113,7 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, description: str) -> 
         fx, fy = x.place(px), min(1.0, max(0.0, y.place(py)))
         return LEFT + fx * (right - LEFT), bottom - fy * (bottom - TOP)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">']
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(description)}">']
     for tick in y.ticks():
         _, ty = at(x.low, tick)
         parts.append(f'<path class="grid" d="M{LEFT},{ty:.1f}H{right}"/>')
@@ -112,20 +123,26 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, description: str) -> 
         parts.append(f'<path class="axis" d="M{tx:.1f},{bottom}v5"/>')
         parts.append(f'<text class="tick" x="{tx:.1f}" y="{bottom + 18}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT},{bottom}H{right}"/>')
-    parts.append(f'<text class="label" x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>')
-    parts.append(f'<text class="label" transform="translate(12,{(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>')
+    parts.append(
+        f'<text class="label" x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{text(x.label)}</text>'
+    )
+    turned = f"translate(12,{(TOP + bottom) / 2}) rotate(-90)"
+    parts.append(f'<text class="label" transform="{turned}" text-anchor="middle">{text(y.label)}</text>')
     for line in series:
         look = f"s{line.style % NUM_STYLES}" + (" dashed" if line.dashed else "") + (" faint" if line.faint else "")
         for bx, low, high in line.bars:
             (cx, y0), (_, y1) = at(bx, low), at(bx, high)
-            parts.append(f'<path class="bar s{line.style % NUM_STYLES}" d="M{cx:.1f},{y0:.1f}V{y1:.1f}M{cx - 3:.1f},{y0:.1f}h6M{cx - 3:.1f},{y1:.1f}h6"/>')
+            ends = "".join(f"M{cx - 3:.1f},{end:.1f}h6" for end in (y0, y1))
+            parts.append(f'<path class="bar s{line.style % NUM_STYLES}" d="M{cx:.1f},{y0:.1f}V{y1:.1f}{ends}"/>')
         placed = [at(px, py) for px, py in line.points]
         if len(placed) > 1:
-            parts.append(f'<path class="line {look}" d="M' + "L".join(f"{px:.1f},{py:.1f}" for px, py in placed) + '"/>')
+            parts.append(
+                f'<path class="line {look}" d="M' + "L".join(f"{px:.1f},{py:.1f}" for px, py in placed) + '"/>'
+            )
         if line.markers or len(placed) == 1:
             notes = list(line.notes) or [f"{line.name}: {py:.4g} at {number(px)}" for px, py in line.points]
             for (px, py), note in zip(placed, notes, strict=True):
-                parts.append(f"<g>{marker(line.style, px, py)}<title>{escape(note)}</title></g>")
+                parts.append(f"<g>{marker(line.style, px, py)}<title>{text(note)}</title></g>")
     parts.append("</svg>")
     return "".join(parts)
 
@@ -137,5 +154,5 @@ def legend(series: Sequence[Series]) -> str:
         look = f"s{line.style % NUM_STYLES}" + (" dashed" if line.dashed else "") + (" faint" if line.faint else "")
         shape = marker(line.style, 14, 6) if line.markers else ""
         key = f'<svg viewBox="0 0 28 12" aria-hidden="true"><path class="line {look}" d="M1,6H27"/>{shape}</svg>'
-        items.append(f"<li>{key}{escape(line.name)}</li>")
+        items.append(f"<li>{key}{text(line.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'

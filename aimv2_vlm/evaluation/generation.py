@@ -7,22 +7,19 @@ A question that cannot be answered yields a `GenerationError`, never an empty st
 
 from __future__ import annotations
 
-import io
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.transforms import decode_image
 
 FEATURE_SHARING = ("llava", "llava_next")  # config.model_type of the classes that take `mm_encoder_outputs`
-MAX_PIXELS = 64_000_000
-MAX_BYTES = 40_000_000
-_pillow_flag = threading.Lock()
 
 
 class GenerationError(Exception):
@@ -48,35 +45,16 @@ class Question:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def open_picture(source: bytes | str | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(source: bytes | str | Path | Image.Image) -> Image.Image:
     """An upright RGB picture from bytes, a path or an open image; the first frame of an animation.
 
-    The size is checked from the header before anything is decoded. Raises ValueError for a broken, truncated,
-    oversized or empty picture, even where a library has switched Pillow to accept truncated files.
+    Limits are checked from the header. Raises BadImage for a broken, truncated or oversized picture, even where
+    lmms-eval has switched Pillow to accept truncated files.
     """
     if isinstance(source, Image.Image):
-        picture = source
-    else:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"{len(data)} bytes, more than {MAX_BYTES}")
-        picture = io.BytesIO(data)
-    with _pillow_flag:
-        tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            width, height = picture.size
-            if not 0 < width * height <= max_pixels:
-                raise ValueError(f"{height} x {width} pixels, allowed are 1 to {max_pixels}")
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"picture cannot be decoded: {error}") from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        picture = picture.point(lambda value: value / 257.0, mode="L") if picture.mode == "I;16" else picture
-    return picture.convert("RGB")
+        return ImageOps.exif_transpose(source).convert("RGB")
+    pixels_CHW = decode_image(source if isinstance(source, bytes) else Path(source).read_bytes())
+    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
 
 
 def reduce_picture(picture: Image.Image, source_size: int | None) -> Image.Image:
@@ -117,7 +95,7 @@ def load_assistant(path: str | Path, precision: str = "auto", device: str | None
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise UserError(f"{path}: its processor is a {type(processor).__name__}, not one for pictures and text")
     if not processor.chat_template:
-        raise UserError(f"{path}: the processor has no chat template, so the prompt is unknown; add chat_template.jinja")
+        raise UserError(f"{path}: the processor has no chat template, so prompts are unknown; add chat_template.jinja")
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -237,12 +215,15 @@ class Generator:
             opened = {picture.key: self._open(picture) for picture in group}
             good = {key: image for key, image in opened.items() if not isinstance(image, GenerationError)}
             encoded.update((key, error) for key, error in opened.items() if isinstance(error, GenerationError))
-            parts = _isolating(lambda keys, good=good: self._features(self._pixels([good[k] for k in keys])), list(good))
+            parts = _isolating(partial(self._encode_group, good), list(good))
             for key, features in parts.items():
                 bad = isinstance(features, GenerationError)
                 encoded[key] = GenerationError(f"picture {key}: {features}") if bad else features
         self.tokens_seen.update((key, len(part)) for key, part in encoded.items() if isinstance(part, torch.Tensor))
         return encoded
+
+    def _encode_group(self, images: dict[Hashable, Image.Image], keys: list[Hashable]) -> list[torch.Tensor]:
+        return self._features(self._pixels([images[key] for key in keys]))
 
     # ------------------------------------------------------------------ prompts
 

@@ -15,14 +15,14 @@ from typing import Any
 from PIL import ImageFile
 
 _tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.api.model import lmms  # noqa: E402
-from lmms_eval.api.task import Task  # noqa: E402, F401  (the module that sets the flag: import it before it is reset)
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import Task  # noqa: F401  (the module that sets the flag: import it before it is reset)
 
 ImageFile.LOAD_TRUNCATED_IMAGES = _tolerant
 
-from aimv2_vlm.config import UserError  # noqa: E402
-from aimv2_vlm.evaluation.generation import (  # noqa: E402
+from aimv2_vlm.config import UserError
+from aimv2_vlm.evaluation.generation import (
     GenerationError,
     Generator,
     Picture,
@@ -136,6 +136,9 @@ class AssistantModel(lmms):
         for stop in until:
             answer = answer.split(stop)[0]
         return answer.strip()
+
+    def clean(self) -> None:
+        """Nothing: the checkpoint answers the next benchmark too (lmms-eval would collect garbage for a second)."""
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("aimv2_vlm answers by generation only; use a generate_until task")

@@ -90,9 +90,10 @@ def option_letter(prediction: str, options: Sequence[str] = ()) -> str:
     text = prediction.strip()
     found = re.match(r"^\W*([A-Za-z])(?![\w'])", text)
     # A leading article ("a cat") is no letter: a lower-case one counts only when it stands alone or is marked off.
-    if found and (found[1].isupper() or re.fullmatch(r"\W*\w\W*", text) or re.match(r"^\W*\w\s*[.):]", text)):
-        if found[1].upper() in letters and not (found[1] == "A" and re.match(r"^A\s+[a-z]", text)):
-            return found[1].upper()
+    alone = re.fullmatch(r"\W*\w\W*", text) or re.match(r"^\W*\w\s*[.):]", text)
+    article = re.match(r"^[Aa]\s+[a-z]", text)
+    if found and found[1].upper() in letters and (alone or found[1].isupper()) and not article:
+        return found[1].upper()
     for letter, option in zip(letters, options, strict=False):
         if exact_match(text, [option]):
             return letter
@@ -150,7 +151,9 @@ def tokenize_caption(caption: str) -> str:
     tokens: list[str] = []
     for found in _TOKEN.finditer(text):
         token = _SPLIT_WORDS.get(found[0], found[0])
-        if token == '"' or token.isspace() or token in _DROPPED or set(token) in ({"."}, {"-"}) or token > "\uffff":
+        if token.isspace() or token in _DROPPED or set(token) in ({'"'}, {"."}, {"-"}):
+            continue
+        if token > "\uffff":  # beyond the basic plane (emoji): the Java program knows no such characters
             continue
         tokens.append(_BRACKETS.get(token, token))
     return " ".join(tokens)

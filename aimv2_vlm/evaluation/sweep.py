@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from aimv2_vlm.evaluation.benchmarks import (
     wrong_pictures,
 )
 from aimv2_vlm.evaluation.metrics import bootstrap_interval, score_answers
+from aimv2_vlm.train.directory import versions, write_atomically
 
 CONTROLS = ("blind", "wrong_picture")
 Progress = Callable[[str], None]
@@ -147,14 +149,9 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The whole file or nothing: temporary name, fsync, rename."""
+    """The whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager
@@ -170,6 +167,23 @@ def _locked(out: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- the sweep
 
 
+def evaluate(config: Any, restart: bool = False) -> int:
+    """`aimv2-vlm eval CONFIG`: the sweep, then `report.html` beside its ledger. Returns the sweep's status.
+
+    `restart` forgets what was finished before.
+    """
+    from aimv2_vlm.evaluation.report import write_report
+
+    out = Path(config.out or "")
+    if restart and (out / "ledger.jsonl").is_file():
+        with _locked(out):
+            (out / "ledger.jsonl").unlink()
+            shutil.rmtree(out / "samples", ignore_errors=True)
+    status = run_sweep(config)
+    print(f"report: {write_report(out / 'report.html', runs={}, eval_dir=out, title=out.name)}")
+    return status
+
+
 def run_sweep(config: Any, progress: Progress | None = None) -> int:
     """Runs every cell that the ledger in `config.out` does not hold yet.
 
@@ -180,10 +194,9 @@ def run_sweep(config: Any, progress: Progress | None = None) -> int:
     unknown = [control for control in config.controls if control not in CONTROLS]
     if unknown:
         raise UserError(f"controls: {unknown[0]!r} is none of {', '.join(CONTROLS)}")
-    for key, hint in (("models", "list at least one {name, path}"), ("benchmarks", "name at least one"),
-                      ("benchmark_root", "give the folder of the benchmark folders"), ("out", "name a folder")):  # fmt: skip
+    for key in ("out", "models", "benchmarks", "benchmark_root"):
         if not getattr(config, key):
-            raise UserError(f"{key}: empty; {hint}")
+            raise UserError(f"{key}: empty; an evaluation needs models, benchmarks, their folder and where to write")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
@@ -192,10 +205,10 @@ def run_sweep(config: Any, progress: Progress | None = None) -> int:
 
 def _run_locked(config: Any, out: Path, progress: Progress) -> int:
     ledger = out / "ledger.jsonl"
-    root, data_root = Path(config.benchmark_root), getattr(config, "data_root", None)
-    for name, jsonl in (getattr(config, "convert", None) or {}).items():
-        _convert_once(Path(data_root or ".") / jsonl, root / name, progress)
-    training = TrainingAnswers(Path(data_root or ".") / file for file in config.train_conversations)
+    root = Path(config.benchmark_root)
+    for name, jsonl in config.convert.items():
+        _convert_once(Path(jsonl), root / name, progress)
+    training = TrainingAnswers(config.train_conversations)
     models, settings = _models(config), _settings(config)
 
     failures: list[dict] = []
@@ -302,9 +315,8 @@ def _run_model(
         done[cell.key] = row
         low, high = row["interval"]
         progress(
-            f"{cell.label}: {row['metric']} {row['score']:.1f} [{low:.1f}, {high:.1f}], {row['num_questions']} questions"
-            + (f", {row['num_errors']} errors" if row["num_errors"] else "")
-            + f", {row['seconds']} s"
+            f"{cell.label}: {row['metric']} {row['score']:.1f} [{low:.1f}, {high:.1f}], "
+            f"{row['num_questions']} questions, {row['num_errors']} errors, {row['seconds']} s"
         )
     return failures
 
@@ -405,10 +417,7 @@ def _number_or_none(value: float | None) -> float | None:
     return None if value is None or np.isnan(value) else float(value)  # JSON has no NaN
 
 
-def _versions() -> dict[str, str]:
-    from aimv2_vlm.train.directory import versions
-
-    return versions()
+_versions = functools.cache(versions)
 
 
 # ---------------------------------------------------------------------------------------------- lmms-eval
@@ -485,7 +494,7 @@ class _Bar:
             self._columns = RichProgress(console=Console(file=sys.stderr), transient=True)
             self._task = self._columns.add_task(label, total=total)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Self:
         if self._columns is not None:
             self._columns.start()
         return self
@@ -512,7 +521,7 @@ def summary(ledger: str | Path) -> list[dict[str, Any]]:
     for row in read_ledger(ledger):
         cells.setdefault((row["model"], row["benchmark"]), {})[row["control"]] = row
     rows = []
-    for (model, benchmark), arms in cells.items():
+    for arms in cells.values():
         if None not in arms:
             continue
         own = arms[None]

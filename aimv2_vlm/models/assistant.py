@@ -50,6 +50,8 @@ def build_assistant(
     tiling: "RxC", or a Tiling for more. image_mean, image_std: default: those of the encoder's checkpoint.
     Raises UserError.
     """
+    from transformers import GenerationConfig
+
     # The one function where a model meets its processor; models and data know nothing of each other elsewhere.
     from aimv2_vlm.data import chat, tiling as tilings
 
@@ -78,9 +80,9 @@ def build_assistant(
     _grow_embeddings(llm, len(tokenizer))
     pinpoints = None if tiling.single else [list(tiling.resolution)]
     model = _join(encoder.to(dtype), llm, pinpoints, format_.image_token_id, tiling.patches_per_view)
-    model.generation_config.update(
+    model.generation_config = GenerationConfig(
         eos_token_id=format_.stop_ids, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens,
+        do_sample=False, max_new_tokens=max_new_tokens,
     )
     return model, processor
 

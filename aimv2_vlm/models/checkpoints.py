@@ -235,7 +235,9 @@ def _weight_files(path: Path) -> list[Path]:
     if len(found) == 1:
         return found
     if found:
-        raise UserError(f"{path}: several .safetensors files and no index ({name_some(f.name for f in found)}); name one")
+        raise UserError(
+            f"{path}: several .safetensors files and no index ({name_some(f.name for f in found)}); name one"
+        )
     pickles = name_some(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
     hint = f"only pickles ({pickles}), which are never read; convert them to safetensors" if pickles else "no weights"
     raise UserError(f"{path}: no model.safetensors: {hint}")

@@ -1,4 +1,4 @@
-"""The image encoder: `transformers.Aimv2VisionModel` with Apple's initialisation, opened from any known layout (paper 2.1).
+"""The image encoder: `transformers.Aimv2VisionModel` with Apple's initialisation, from any known layout (paper 2.1).
 
 Features are the normalised ones (`last_hidden_state`). `tie_last_hidden_states` in the config makes `hidden_states[-1]`
 the same tensor, so that Llava and LlavaNext, which read `hidden_states`, get them too.
@@ -38,8 +38,8 @@ def build_encoder(
 ) -> Aimv2VisionModel:
     """A fresh encoder with Apple's initialisation, drawn from `generator` or else from torch's global one.
 
-    `position_embedding`: "learned" (fixed image size) or "sincos" (native resolution). Raises `UserError` for sizes that
-    cannot be.
+    `position_embedding`: "learned" (fixed image size) or "sincos" (native resolution). Raises `UserError` for sizes
+    that cannot be.
     """
     if position_embedding not in ("learned", "sincos"):
         raise UserError(f"position_embedding: {position_embedding!r} is unknown; choose learned or sincos")
@@ -115,13 +115,11 @@ def encode(
     return encoder(pixel_values=pixels_BCHW, attention_mask=mask_B1NN).last_hidden_state
 
 
-def load_encoder(
-    path_or_name: str | Path, image_size: int | None = None, attention: str = "sdpa"
-) -> Aimv2VisionModel:
+def load_encoder(path_or_name: str | Path, image_size: int | None = None, attention: str = "sdpa") -> Aimv2VisionModel:
     """The encoder of a checkpoint in any known layout, in float32.
 
-    `path_or_name`: a folder, a .safetensors file, or a name on the model hub. `image_size`: learned positions are resized
-    to it (bicubic, antialiased); None keeps the checkpoint's. Raises `UserError` naming the keys that are missing,
+    `path_or_name`: a folder, a .safetensors file, or a name on the model hub. `image_size`: learned positions are
+    resized to it (bicubic, antialiased); None: as it is. Raises `UserError` naming the keys that are missing,
     unexpected or of another shape.
     """
     source = locate(path_or_name)
@@ -167,7 +165,7 @@ def assemble_encoder(
 
 
 def resize_positions(positions_ND: torch.Tensor, grid_side: int) -> torch.Tensor:
-    """Learned positions of a square grid for another one of `grid_side`² patches; the same side returns them untouched."""
+    """Learned positions of a square grid for one of `grid_side`² patches; the same side returns them untouched."""
     old_side = math.isqrt(len(positions_ND))
     if old_side == grid_side or old_side**2 != len(positions_ND):  # not a square: refused by its shape afterwards
         return positions_ND
@@ -191,7 +189,7 @@ _CONFIG_NAMES = {
 def _config_from(
     layout: checkpoints.Layout, state: checkpoints.State, config: dict, source: str | Path
 ) -> Aimv2VisionConfig:
-    """The encoder's config: what config.json says, completed from the tensors' shapes; heads are 128 wide if unknown."""
+    """The encoder's config: what config.json says, completed from the tensors; heads are 128 wide if unknown."""
     section = next((config[name] for name in ("vision_config", "vision") if isinstance(config.get(name), dict)), config)
     if layout.name.startswith("transformers_") and config:
         section = Aimv2VisionConfig.from_dict(section).to_dict()  # an absent key means the class's default there

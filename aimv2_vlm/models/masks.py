@@ -1,4 +1,4 @@
-"""Attention masks. `can_attend` is boolean (True = may attend); an attention implementation gets the form that it understands.
+"""Attention masks. `can_attend` is boolean (True = may attend); each implementation gets the form that it reads.
 
 Shapes: B batch, N image patches, S sequence.
 """
@@ -40,7 +40,7 @@ def causal_can_attend(num_positions: int, device: torch.device | None = None) ->
 def for_attention(can_attend: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
     """The mask as `implementation` reads it: boolean for sdpa, additive (0 or the lowest number of `dtype`) for eager.
 
-    Eager attention of transformers *adds* whatever it is given: a boolean mask would be added as 0/1 and leak the future.
+    Eager attention of transformers *adds* whatever it is given: a boolean mask would be added as 0/1: a leak.
     """
     if check_attention(implementation) == "sdpa":
         return can_attend

@@ -1,4 +1,4 @@
-"""AIMv2's multimodal autoregressive pre-training model: encoder with prefix attention, causal decoder, two heads (paper 2.1).
+"""AIMv2's autoregressive pre-training model: encoder with prefix attention, causal decoder, two heads (paper 2.1).
 
 Shapes: B batch, C channels, H, W picture, N image patches, T text tokens, S sequence, D width, P values in one patch,
 V vocabulary, R rows picked out of (batch, position).
@@ -32,10 +32,10 @@ PIXEL_WEIGHT = 0.4  # alpha of the paper
 
 @dataclass
 class PretrainingOutput(ModelOutput):
-    """Sums and counts are to be added over micro-batches and ranks and divided once; the losses are those of this batch.
+    """Sums and counts are to be added over micro-batches and ranks and divided once; the losses are this batch's.
 
-    `pixel_sum` adds, over the scored patches, the mean squared error of a patch's values; `text_sum` the cross-entropy of
-    the target tokens; `mean_color_sum` what `pixel_sum` would be if each patch were predicted as its own mean colour.
+    `pixel_sum` adds, over the scored patches, the mean squared error of a patch's values; `text_sum` the cross-entropy
+    of the target tokens; `mean_color_sum` what `pixel_sum` were if each patch was predicted as its own mean colour.
     Predictions and features are there when asked for: (B, N, P), where place i predicts patch i + 1 and the last one
     nothing; (B, T + 1, V), where place t predicts token t and the last one nothing; (B, N, D).
     """
@@ -136,9 +136,9 @@ class AIMv2ForPreTraining(nn.Module):
         """Both losses of a batch.
 
         `pixel_values_BCHW` as the encoder sees them (mean and deviation taken out). Row b of `input_ids_BT` holds
-        `text_lengths_B[b]` target tokens, the end token included where it is to be learned; the rest is padding of any id.
-        The first `prefix_lengths_B[b]` patches see each other and are not scored. `weights_B`: 0 removes a row from every
-        sum and count. Without `return_predictions` (training) the heads run only where something is scored.
+        `text_lengths_B[b]` target tokens, with the end token if it is to be learned; the rest is padding, of any id.
+        The first `prefix_lengths_B[b]` patches see each other and are not scored. `weights_B`: 0 removes a row
+        from every sum and count. Without `return_predictions` (training) the heads run only where something is scored.
         """
         num_tokens = input_ids_BT.shape[1]
         if num_tokens > self.context_length:
@@ -165,7 +165,7 @@ class AIMv2ForPreTraining(nn.Module):
         text = self._score_text(text_BTD, input_ids_BT, text_lengths_B, kept_B, pick)
         pixel_loss = pixel["pixel_sum"] / pixel["pixel_count"].clamp(min=1)
         text_loss = text["text_sum"] / text["text_count"].clamp(min=1)
-        outputs = dict(pixel_loss=pixel_loss, text_loss=text_loss, encoder_features=features_BND) | pixel | text
+        outputs = {"pixel_loss": pixel_loss, "text_loss": text_loss, "encoder_features": features_BND} | pixel | text
         if not return_predictions:
             outputs |= dict.fromkeys(("patch_predictions", "text_logits", "encoder_features"))
         return PretrainingOutput(loss=text_loss + pixel_weight * pixel_loss, **outputs)
@@ -192,7 +192,7 @@ class AIMv2ForPreTraining(nn.Module):
         kept_B: torch.Tensor,
         pick: bool,
     ) -> dict[str, torch.Tensor | None]:
-        """Squared error of the patches from index M on; place i predicts patch i + 1. `pick`: head on these places only."""
+        """Squared error of the patches from index M on; place i predicts patch i + 1. `pick`: head on those only."""
         num_patches = hidden_BND.shape[1]
         target_index_N = torch.arange(1, num_patches, device=hidden_BND.device)
         scored_BN = (target_index_N >= prefix_lengths_B[:, None]) & kept_B[:, None]
@@ -208,12 +208,12 @@ class AIMv2ForPreTraining(nn.Module):
             error_BN = (predictions_BNP[:, :-1].float() - targets_BNP).square().mean(-1)
             mean_color_BN = mean_color_error(targets_BNP, self.encoder.config.num_channels)
             pixel_sum, mean_color_sum = (torch.where(scored_BN, e, 0).sum() for e in (error_BN, mean_color_BN))
-        return dict(
-            pixel_sum=pixel_sum,
-            pixel_count=scored_BN.sum(),
-            mean_color_sum=mean_color_sum,
-            patch_predictions=predictions_BNP,
-        )
+        return {
+            "pixel_sum": pixel_sum,
+            "pixel_count": scored_BN.sum(),
+            "mean_color_sum": mean_color_sum,
+            "patch_predictions": predictions_BNP,
+        }
 
     def _score_text(
         self,
@@ -223,7 +223,7 @@ class AIMv2ForPreTraining(nn.Module):
         kept_B: torch.Tensor,
         pick: bool,
     ) -> dict[str, torch.Tensor | None]:
-        """Cross-entropy of the first `text_lengths_B` tokens; BOS (place 0) predicts token 0. `pick`: as for patches."""
+        """Cross-entropy of the first `text_lengths_B` tokens; BOS (place 0) predicts token 0. `pick`: as above."""
         num_tokens = target_ids_BT.shape[1]
         is_target_BT = torch.arange(num_tokens, device=hidden_BTD.device) < text_lengths_B[:, None]
         is_target_BT = is_target_BT & kept_B[:, None]
@@ -235,9 +235,12 @@ class AIMv2ForPreTraining(nn.Module):
             logits_BTV = self.text_head(hidden_BTD)
             targets_BT = target_ids_BT.masked_fill(~is_target_BT, -100)
             text_sum = F.cross_entropy(
-                logits_BTV[:, :num_tokens].flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+                logits_BTV[:, :num_tokens].flatten(0, 1).float(),
+                targets_BT.flatten(),
+                ignore_index=-100,
+                reduction="sum",
             )
-        return dict(text_sum=text_sum, text_count=is_target_BT.sum(), text_logits=logits_BTV)
+        return {"text_sum": text_sum, "text_count": is_target_BT.sum(), "text_logits": logits_BTV}
 
     def parameter_roles(self) -> dict[str, str]:
         """Parameter name -> "norm", "bias", "position", "bos" or "weight"; only the last are decayed (Table A1)."""
@@ -263,8 +266,8 @@ class AIMv2ForPreTraining(nn.Module):
     ) -> None:
         """Write the encoder as a stock transformers checkpoint into `directory`, the rest into `directory`/pretraining.
 
-        `image_processor` goes beside the encoder, copies of `extra_files` (a tokenizer) beside the rest. `state_dict`: the
-        gathered weights, where the model holds only a shard of them.
+        `image_processor` goes beside the encoder, copies of `extra_files` (a tokenizer) beside the rest. `state_dict`:
+        the gathered weights, where the model holds only a shard of them.
         """
         from safetensors.torch import save_file
 
@@ -286,14 +289,14 @@ class AIMv2ForPreTraining(nn.Module):
             shutil.copyfile(file, folder / Path(file).name)
 
     def _sizes(self) -> dict[str, int]:
-        return dict(
-            decoder_hidden_size=self.decoder_config.hidden_size,
-            decoder_intermediate_size=self.decoder_config.intermediate_size,
-            decoder_num_layers=self.decoder_config.num_hidden_layers,
-            decoder_num_heads=self.decoder_config.num_attention_heads,
-            vocab_size=self.decoder_config.vocab_size,
-            context_length=self.context_length,
-        )
+        return {
+            "decoder_hidden_size": self.decoder_config.hidden_size,
+            "decoder_intermediate_size": self.decoder_config.intermediate_size,
+            "decoder_num_layers": self.decoder_config.num_hidden_layers,
+            "decoder_num_heads": self.decoder_config.num_attention_heads,
+            "vocab_size": self.decoder_config.vocab_size,
+            "context_length": self.context_length,
+        }
 
     @classmethod
     def from_pretrained(
@@ -345,15 +348,16 @@ def _sizes_from_tensors(rest: checkpoints.State, config: dict, source: Path) -> 
     if missing := [key for key in needed if key not in rest]:
         raise UserError(f"{source}: missing keys: {checkpoints.name_some(missing)}")
     (vocab_size, width), (num_positions, _), (intermediate_size, _) = (rest[key].shape for key in needed)
-    return dict(
-        decoder_hidden_size=width,
-        decoder_intermediate_size=intermediate_size,
-        decoder_num_layers=config.get("decoder_blocks")
+    return {
+        "decoder_hidden_size": width,
+        "decoder_intermediate_size": intermediate_size,
+        "decoder_num_layers": config.get("decoder_blocks")
         or 1 + max(int(key.split(".")[2]) for key in rest if key.startswith("decoder.layers.")),
-        decoder_num_heads=config.get("decoder_heads") or checkpoints.heads_from_width(width, "decoder_heads", source),
-        vocab_size=vocab_size,
-        context_length=num_positions - 1,
-    )
+        "decoder_num_heads": config.get("decoder_heads")
+        or checkpoints.heads_from_width(width, "decoder_heads", source),
+        "vocab_size": vocab_size,
+        "context_length": num_positions - 1,
+    }
 
 
 def patchify(pixel_values_BCHW: torch.Tensor, patch_size: int) -> torch.Tensor:

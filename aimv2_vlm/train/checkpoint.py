@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.train.directory import sync_tree, write_atomically
@@ -21,46 +22,103 @@ from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
 
 PREFIX, FORMAT = "step_", 1
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)  # what broken files raise
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement, keep_last: int) -> None:
-    """Write `tensors` and `state` as `folder/step_<step>`; older checkpoints beyond `keep_last` are removed afterwards.
+def _name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
 
-    Raises UserError when the disk is full or not writable; the previous checkpoint stays as it was.
+
+# ------------------------------------------------------------------------------------------------------------------ write
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement, keep_last: int
+) -> None:
+    """Write `tensors` and `state` as `folder/step_<step>`; afterwards all but the `keep_last` newest are removed.
+
+    A collective call. Raises UserError on every process when the disk is full or not writable; the previous checkpoint
+    stays as it was.
     """
-    target, temporary = folder / f"{PREFIX}{step:08d}", folder / f".{PREFIX}{step:08d}.tmp"
-    problem = ""
-    try:
+    target, temporary = folder / _name(step), folder / f".{_name(step)}.tmp"
+    there: list[bool] = []
+
+    def prepare() -> None:
         if placement.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_leftovers(folder)
+            there.append(not _verify(target)[0])
             temporary.mkdir()
-        placement.barrier()
+
+    def write() -> None:
+        if not temporary.is_dir():
+            raise UserError(f"{folder}: not seen by process {placement.rank}; out= must be on a file system that all processes share")
         _write_shards(temporary, tensors, placement)
-    except Exception as error:  # DCP wraps what the disk said in its own types
+
+    def publish() -> None:
+        if placement.is_main:
+            _publish(temporary, target, {"format": FORMAT, "step": step, **state})
+
+    try:
+        _together(prepare, target, placement)
+        if placement.any(any(there)):  # saved a moment ago: a step has one set of weights, only the words beside it change
+            _together(lambda: _restate(target, state, placement), target, placement)
+        else:
+            _together(write, target, placement)
+            _together(publish, target, placement)
+    finally:
+        if placement.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if placement.is_main:
+        rotate(folder, keep_last)
+
+
+def _together(act: Callable[[], None], target: Path, placement: Placement) -> None:
+    """`act` on every process; what the disk refuses to one of them is an error on all, so that nobody waits for it."""
+    problem = ""
+    try:
+        act()
+    except Exception as error:
         problem = _disk_message(error)
         if not problem:
             raise
-    if placement.any(bool(problem)):
-        if placement.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{target}: the checkpoint could not be written ({problem or 'another process failed'}); the previous one is "
-                        "intact; free some space and start again")
+    for problem in filter(None, placement.gather_strings([problem])):
+        raise UserError(f"{target}: the checkpoint could not be written ({problem}); the previous one is intact; "
+                        "make room or mend the folder and start the same command again")
+
+
+def _disk_message(error: BaseException) -> str:
+    """The operating system's words when `error` (or what it wraps) is about the disk, else an empty string."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    wrapped = [failure for failure, _ in getattr(error, "failures", {}).values()]  # DCP's CheckpointException: {rank: (error, trace)}
+    return next((text for text in map(_disk_message, [*wrapped, *filter(None, [error.__cause__])]) if text), "")
+
+
+def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=placement.world == 1)
+
+
+def _publish(temporary: Path, target: Path, state: dict[str, Any]) -> None:
+    files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+    write_atomically(temporary / "state.json", json.dumps(state | {"files": files}, indent=1))
+    sync_tree(temporary)
+    if target.exists():  # incomplete, or `save` would have kept it
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _restate(target: Path, state: dict[str, Any], placement: Placement) -> None:
     if placement.is_main:
-        try:
-            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-            write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "step": step, "files": files, **state}, indent=1))
-            sync_tree(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            _sync_folder(folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{target}: the checkpoint could not be written ({error.strerror}); the previous one is intact; "
-                            "free some space and start again") from None
-        rotate(folder, keep_last)
-    placement.barrier()
+        old = json.loads((target / "state.json").read_text(encoding="utf-8"))
+        write_atomically(target / "state.json", json.dumps(old | state, indent=1))
+        _sync_folder(target)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -71,116 +129,84 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=placement.world == 1)
-
-
-def _disk_message(error: BaseException | None) -> str:
-    """The operating system's words when `error` (or what caused it) is about the disk, else an empty string."""
-    seen = 0
-    while error is not None and seen < 10:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        for reason in ("No space left", "Disk quota", "Read-only file system", "Permission denied"):
-            if reason in str(error):
-                return reason
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return ""
-
-
 def rotate(folder: Path, keep_last: int) -> None:
-    """Remove what is older than the `keep_last` newest checkpoints, and left-overs of killed writers."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for old in sorted(folder.glob(f"{PREFIX}*"))[: -max(1, keep_last)]:
+    """Remove all but the `keep_last` newest complete checkpoints, and left-overs of killed writers."""
+    _remove_leftovers(folder)
+    complete = [path for path in sorted(folder.glob(f"{PREFIX}*")) if not _verify(path)[0]]
+    for old in set(folder.glob(f"{PREFIX}*")) - set(complete[-max(1, keep_last) :]):
         doomed = folder / f".{old.name}.tmp"  # a kill in the middle of removing must not leave half a checkpoint under its name
         os.replace(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint and its state; incomplete ones are passed over with a warning."""
-    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
-        problem, state = _verify(path)
-        if not problem:
-            return path, state
-        say(f"warning: {path}: passed over ({problem})")
-    return None
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- read
+
+
+def newest(folder: Path, placement: Placement) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint and its state; incomplete ones are passed over with a warning.
+
+    A collective call: the main process decides for all.
+    """
+    name = ""
+    if placement.is_main:
+        for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+            problem, _ = _verify(path)
+            if not problem:
+                name = path.name
+                break
+            say(f"warning: {path}: passed over ({problem})")
+    name = placement.gather_strings([name])[0]
+    return (folder / name, _verify(folder / name)[1]) if name else None
 
 
 def _verify(path: Path) -> tuple[str, dict[str, Any]]:
+    """("" or what is wrong, state.json's content)."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"state.json cannot be read: {error}", {}
-    if state.get("format") != FORMAT:
-        return f"format {state.get('format')} is not {FORMAT}", {}
-    for name, size in files.items():
-        file = path / name
+        form, files = state["format"], {path / name: size for name, size in state["files"].items()}
+        if form != FORMAT:
+            return f"format {form} is not {FORMAT}", {}
+        if not files or path.name != _name(state["step"]):
+            return "state.json names no files or another step", {}
+    except BROKEN as error:
+        return f"state.json cannot be read: {error!r}", {}
+    for file, size in files.items():
         if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut off", {}
-        if not _header_ok(file):
-            return f"{name} has a broken header", {}
+            return f"{file.name} is missing or cut off", {}
+        try:
+            with safe_open(file, framework="pt"):  # reads and checks the header
+                pass
+        except BROKEN as error:
+            return f"{file.name} cannot be read: {error}", {}
     return "", state
 
 
-def _header_ok(file: Path) -> bool:
-    """A safetensors file begins with the length of its JSON header, which must fit in the file."""
-    with open(file, "rb") as opened:
-        head = opened.read(8)
-        if len(head) < 8:
-            return False
-        (length,) = struct.unpack("<Q", head)
-        if length > file.stat().st_size - 8:
-            return False
-        try:
-            return isinstance(json.loads(opened.read(length)), dict)
-        except ValueError:
-            return False
-
-
-def stored_names(path: Path) -> set[str]:
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            names |= set(opened.keys())
-    return names
-
-
 def load(path: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
-    """Fill `tensors` in place from `path`; UserError naming keys when the two do not hold the same names or shapes."""
+    """Fill `tensors` in place from `path`, whatever strategy and number of processes wrote it.
+
+    A collective call. UserError naming keys when the two do not hold the same names or shapes.
+    """
     import torch.distributed.checkpoint as dcp
 
-    have = stored_names(path)
-    missing, extra = sorted(set(tensors) - have), sorted(have - set(tensors))
-    if missing or extra:
-        raise UserError(f"{path}: does not fit this model: missing {_some(missing)}, unexpected {_some(extra)}")
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=placement.world == 1)
-    except Exception as error:
-        if "size" in str(error).lower():
-            raise UserError(f"{path}: a tensor has another shape than in this model ({_shapes(path, tensors)})") from None
-        raise
-
-
-def _shapes(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    from safetensors import safe_open
-
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                if len(opened.get_slice(name).get_shape()) and list(opened.get_slice(name).get_shape()) != list(tensors[name].shape):
-                    return f"{name}: {opened.get_slice(name).get_shape()} against {list(tensors[name].shape)}"
-    return "see above"
+        stored = {name: list(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    except BROKEN as error:
+        raise UserError(f"{path}: cannot be read ({error!r}); remove this checkpoint, the run goes on from the one before") from None
+    mine = [json.dumps([name, list(tensor.shape)]) for name, tensor in tensors.items()]
+    wanted = dict(map(json.loads, placement.gather_strings(mine)))  # under ZeRO each process holds some of the names
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    reshaped = [f"{n} {stored[n]} against {wanted[n]}" for n in sorted(wanted.keys() & stored.keys()) if stored[n] != wanted[n]]
+    if missing or extra or reshaped:
+        raise UserError(f"{path}: does not fit this model: missing {_some(missing)}; unexpected {_some(extra)}; "
+                        f"other shapes {_some(reshaped)}; use the recipe it was made with, or --restart")
+    dcp.load(tensors, storage_reader=reader, no_dist=True)  # each process reads what it needs
 
 
 def _some(names: list[str]) -> str:
     return "nothing" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-

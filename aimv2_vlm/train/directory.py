@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import UserError
 
@@ -94,7 +92,7 @@ class RunDirectory:
         saved = self.path / "recipe.yaml"
         if not saved.exists():
             return
-        changed = [line for line in recipes.differences(recipes.load_yaml(saved), yaml.safe_load(recipes.dump(resolved)))
+        changed = [line for line in recipes.differences(recipes.load_yaml(saved), recipes.parse_yaml(recipes.dump(resolved), "recipe"))
                    if not line.startswith(FREE_KEYS)]
         if changed:
             raise UserError(f"{saved}: the run was started with another recipe ({'; '.join(changed)}); "

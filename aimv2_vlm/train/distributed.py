@@ -1,25 +1,43 @@
-"""Placing a model on one process, DDP, FSDP2 or DeepSpeed ZeRO through accelerate, behind one small interface."""
+"""Placing a model on one process, DDP, FSDP2 or DeepSpeed ZeRO, behind one small interface.
+
+accelerate finds the processes, devices and backend (torchrun, `accelerate launch`, several machines) and wraps for DDP. Its
+FSDP and DeepSpeed plug-ins refuse CPUs and decide on clipping, accumulation and precision themselves, so that FSDP2 is
+torch's `fully_shard` and ZeRO is DeepSpeed's own engine (zero.py), on accelerate's process group.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from aimv2_vlm.config import UserError
 
+OptimizerMaker = Callable[[torch.nn.Module], torch.optim.Optimizer]
+
 
 class Placement:
-    """Where this process stands (`rank` of `world`, `device`, `dtype`) and how gradients travel.
+    """Where this process stands (`rank` of `world`, `device`, `precision`) and how weights and gradients travel.
 
     The loss handed to `backward` is already divided by global counts and multiplied by `world` (design: sums and counts are
     divided once), because DDP, FSDP2 and ZeRO average gradients over processes.
     """
 
+    def __new__(cls, strategy: str = "auto", precision: str = "auto") -> Placement:
+        if strategy in ("zero2", "zero3"):
+            from aimv2_vlm.train.zero import ZeroPlacement
+
+            cls = ZeroPlacement
+        return super().__new__(cls)
+
     def __init__(self, strategy: str = "auto", precision: str = "auto"):
+        """Raises UserError where the strategy and the processes launched do not go together."""
         from accelerate import Accelerator
 
         from aimv2_vlm.train.precision import choose_precision
@@ -29,23 +47,48 @@ class Placement:
             strategy = "ddp" if world > 1 else "single"
         if strategy == "single" and world > 1:
             raise UserError(f"train.strategy: single, but {world} processes were launched; use ddp, fsdp2, zero2 or zero3")
+        if strategy != "single" and world == 1:
+            raise UserError(f"train.strategy: {strategy}, but one process was launched; use single, or start "
+                            "`torchrun --nproc_per_node N -m aimv2_vlm ...`")
+        for plugin in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+            if os.environ.get(plugin, "false").lower() == "true":
+                raise UserError(f"train.strategy: {strategy}, but `accelerate launch` set {plugin}; launch with plain --multi_gpu "
+                                "or --multi_cpu, the recipe alone chooses the strategy")
         self.strategy = strategy
         self.precision = choose_precision(precision)
-        cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
 
-    def place(
-        self, model: torch.nn.Module, make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
-    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """`model` wrapped for this strategy and the optimizer of its trainable parameters."""
-        model = model.to(self.device)
-        optimizer = make_optimizer(model)
-        if self.strategy == "ddp":
-            model = torch.nn.parallel.DistributedDataParallel(model)
-        return model, optimizer
+    # --------------------------------------------------------------------------------------------------------- one step
+
+    def place(self, model: torch.nn.Module, make_optimizer: OptimizerMaker) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """`model` wrapped for this strategy and the optimizer of its trainable parameters; every process starts from rank 0's
+        weights."""
+        if self.strategy == "fsdp2":
+            self._shard(model.to(self.device))
+            return model, make_optimizer(model)
+        return self.accelerator.prepare_model(model), make_optimizer(model)
+
+    def _shard(self, model: torch.nn.Module) -> None:
+        """FSDP2: one unit a transformer block (an element of a ModuleList), one for the rest.
+
+        Frozen weights stay whole on every process: a frozen encoder is also called outside the model's own forward.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+        frozen = {p for p in model.parameters() if not p.requires_grad}
+        settings = {"mesh": init_device_mesh(self.device.type, (self.world,)), "ignored_params": frozen}
+        halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        for block in [block for blocks in lists for block in blocks]:
+            if any(p.requires_grad for p in block.parameters()):
+                fully_shard(block, **settings, mp_policy=halved if self.precision == "bf16" else MixedPrecisionPolicy())
+        fully_shard(model, **settings)  # without a policy: pixel targets and norms outside the blocks stay fp32
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "bf16":
@@ -54,7 +97,7 @@ class Placement:
 
     @contextlib.contextmanager
     def accumulate(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
-        """Gradients are exchanged in the last micro-batch of a step only."""
+        """DDP exchanges gradients in the last micro-batch of a step only; the sharded strategies have no room to wait."""
         if self.strategy == "ddp" and not last:
             with model.no_sync():
                 yield
@@ -65,20 +108,22 @@ class Placement:
         loss.backward()
 
     def step(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> torch.Tensor:
-        """Clip to `clip`, step, clear. Returns the gradient norm before clipping (a tensor on the device).
+        """Clip to `clip` (0: no clipping), step, clear. Returns the global gradient norm before clipping, on the device.
 
-        A norm that is not finite leaves weights and step counters untouched on every process alike (fused AdamW's
-        `found_inf`), without the host having to look.
+        A norm that is not finite leaves weights and step counters untouched on every process alike, without the host
+        having to look: fused AdamW divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-        if clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
-        optimizer.grad_scale = torch.ones((), device=norm.device)
+        norm = torch.nn.utils.get_total_norm([_local(p.grad) for p in parameters], foreach=True)
+        if self.strategy == "fsdp2":  # each process saw its shards only
+            norm = self.sum_tensor(norm.square()).sqrt()
+        optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    # ------------------------------------------------------------------------------------------- between the processes
 
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Integer counts added over processes, exactly."""
@@ -89,16 +134,15 @@ class Placement:
         return dict(zip(sorted(counts), total.tolist(), strict=True))
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` added over processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def gather_strings(self, items: list[str]) -> list[str]:
-        """All processes' strings on every process (as JSON bytes: no pickle)."""
+        """All processes' strings on every process, in rank order (as JSON bytes: no pickle)."""
         if self.world == 1:
             return items
-        import json
-
         mine = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor(len(mine), dtype=torch.int64, device=self.device))
@@ -116,13 +160,32 @@ class Placement:
         if self.world > 1:
             dist.barrier()
 
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the placed model holds only a part of each weight on this process."""
+        return self.strategy in ("fsdp2", "zero3")
+
+    def main_first(self, work: Callable[[], Any]) -> Any:
+        """`work()` on every process, rank 0 before the others (it builds files that they then find)."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            return work()
+        finally:
+            if self.is_main:
+                self.barrier()
+
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
     def state_tensors(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """Trained weights and AdamW moments under flat names: `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`.
+        """Trained weights and AdamW moments under the same flat names in every strategy: `model.<name>`, `exp_avg.<name>`,
+        `exp_avg_sq.<name>`, `step.<name>`.
 
-        The tensors are the live ones (on FSDP2 their shards), so loading into them restores the run.
+        Whole tensors where they are replicated, DTensors under FSDP2; under ZeRO each process holds some of the names.
+        Fill them in place and call `after_load` to restore a run. A collective call.
         """
         tensors = {}
         for name, parameter in self.unwrap(model).named_parameters():
@@ -130,12 +193,40 @@ class Placement:
                 continue
             state = optimizer.state[parameter]
             if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state |= fresh_moments(parameter)
             tensors[f"model.{name}"] = parameter.detach()
-            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-            tensors[f"step.{name}"] = state["step"]
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                tensors[f"{key}.{name}"] = state[key]
         return tensors
 
-    def after_load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Whatever copies a strategy keeps of the weights are brought up to date."""
+    def after_load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+        """Make `tensors` (what `state_tensors` gave, filled anew) the state of the run. Here they are the live tensors."""
+
+    def full_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+        """The unwrapped model's whole state dict on the CPU of rank 0, None elsewhere: what `final/` is written from.
+
+        A collective call. Tied names share one tensor, as in `state_dict()`.
+        """
+        whole: dict[str, torch.Tensor] = {}
+        seen: dict[torch.Tensor, torch.Tensor] = {}
+        for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
+            if tensor not in seen:
+                gathered = self._gather(tensor)
+                seen[tensor] = gathered.detach().cpu() if self.is_main else tensor
+            if self.is_main:
+                whole[name] = seen[tensor]
+        return whole if self.is_main else None
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fresh_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter that has not been stepped yet."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a DTensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -118,10 +118,10 @@ def fetch_steps(dataset: StepDataset, start: int, num_workers: int) -> Iterator[
     yield from loader
 
 
-def global_slice(step: int, batch_size: int, placement: Placement) -> range:
-    """Positions of this process in `step`: contiguous, so that every world size reads the same global batch."""
-    share = batch_size // placement.world
-    first = step * batch_size + placement.rank * share
+def global_slice(step: int, batch_size: int, rank: int, world: int) -> range:
+    """Positions of process `rank` in `step`: contiguous, so that every world size reads the same global batch."""
+    share = batch_size // world
+    first = step * batch_size + rank * share
     return range(first, first + share)
 
 
@@ -196,15 +196,16 @@ def train(
     """
     bad = BadSamples(max_bad_fraction)
     step, samples, tokens = 0, 0, 0
-    found = checkpoint.newest(directory.checkpoints)
+    found = checkpoint.newest(directory.checkpoints, placement)
     if found is not None:
         path, state = found
         differences = compare(state["fingerprint"], fingerprint)
         if differences and changed == "refuse":
             raise UserError(f"{path}: the data changed since this checkpoint ({'; '.join(differences)}); bring the old data back, "
                             "or set data.changed=append, or begin anew with --restart")
-        checkpoint.load(path, placement.state_tensors(model, optimizer), placement)
-        placement.after_load(model, optimizer)
+        tensors = placement.state_tensors(model, optimizer)
+        checkpoint.load(path, tensors, placement)
+        placement.after_load(model, optimizer, tensors)
         step, samples, tokens = state["step"], state["samples"], state["tokens"]
         bad.restore(state["bad"])
         if placement.is_main:

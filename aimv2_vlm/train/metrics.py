@@ -97,6 +97,14 @@ class Progress:
             left = f", {format_seconds((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
             say(f"{self.what}: {done}/{self.total} {self.unit}{left}{'  ' + note if note else ''}")
 
+    def of(self, done: int, total: int) -> None:
+        """As a `progress(done, total)` callback."""
+        if total != self.total:
+            self.total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total)
+        self.update(done)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

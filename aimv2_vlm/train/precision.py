@@ -1,4 +1,4 @@
-"""Which number format a run computes in: `precision: auto` asks the device, because bf16 without bf16 instructions crawls."""
+"""Which number format a run computes in: `precision: auto` asks the device; bf16 without its instructions crawls."""
 
 from __future__ import annotations
 

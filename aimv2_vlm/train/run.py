@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aimv2_vlm.config import PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm import recipe as recipes
+from aimv2_vlm.config import Optimizer, PretrainRecipe, SftRecipe, UserError
 from aimv2_vlm.data.captions import CaptionTokenizer, train_tokenizer
-from aimv2_vlm.data.order import compare_fingerprints
+from aimv2_vlm.data.chat import ChatFormat, train_chat_tokenizer
+from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
+from aimv2_vlm.data.conversations import ConversationSet, check_bad_fraction
+from aimv2_vlm.data.order import Order, compare_fingerprints
 from aimv2_vlm.data.pairs import PairDataset
+from aimv2_vlm.data.tiling import Tiling
+from aimv2_vlm.models.assistant import (
+    AssistantForTraining, build_assistant, check_context, encode_views, image_statistics, part_of, set_trainable,
+)
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train.directory import RunDirectory
@@ -24,8 +33,7 @@ from aimv2_vlm.train.metrics import Progress, say
 from aimv2_vlm.train.objectives import AIMv2Objective, InstructionObjective
 from aimv2_vlm.train.optim import build_optimizer, describe, parameter_groups
 
-TOKENIZER_CAPTIONS = 200_000  # a tokenizer trained for a run sees at most this many captions
-
+TOKENIZER_TEXTS = 200_000  # a tokenizer trained for a run sees at most this many texts
 
 # ------------------------------------------------------------------------------------------------------------ pre-training
 
@@ -35,74 +43,80 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     placement = Placement(recipe.train.strategy, recipe.precision)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
-        check_batch(recipe.optim, placement)
-        tokenizer = caption_tokenizer(recipe, directory, placement)
-        data, held_out = pair_datasets(recipe, tokenizer, directory, placement)
-        torch.manual_seed(recipe.seed)
-        model = build_pretraining_model(recipe, tokenizer.vocab_size)
-        roles = model.parameter_roles()
+        tokenizer, data, held_out = pair_data(recipe, directory, placement)
+        optim = resolve_steps(recipe.optim, data.epoch_positions, placement)
+        rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size)
+        model = seeded(recipe.seed, rebuild)
         objective = AIMv2Objective(recipe.objective.pixel_weight, num_patches(recipe), recipe.image.mean, recipe.image.std)
-        placed, optimizer = placement.place(model, partial(make_optimizer, recipe=recipe, roles=roles, placement=placement))
+        model, optimizer = placement.place(model, partial(make_optimizer, optim=optim, roles=model.parameter_roles()))
         train(
-            directory=directory, placement=placement, objective=objective, model=placed, optimizer=optimizer,
-            micro_batches=PairSteps(data, recipe, placement), optim=recipe.optim, loop=recipe.train,
-            fingerprint=data.fingerprint(), compare=compare_fingerprints, changed=recipe.data.changed,
-            max_bad_fraction=recipe.data.max_bad_fraction, report=data.report(), what="pre-training",
-            validation=partial(validate_pairs, objective, placed, held_out, recipe, placement) if held_out else None,
+            directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
+            micro_batches=PairSteps(data, optim, placement), optim=optim, loop=recipe.train, fingerprint=data.fingerprint(),
+            compare=compare_fingerprints, changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
+            report=pair_report(data), what="pre-training",
+            validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
         )
-        publish(directory, placement, model, placed, partial(write_pretrained, recipe=recipe, tokenizer=tokenizer))
+        publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe, tokenizer=tokenizer))
     return close_run(directory, placement, "pre-training")
 
 
 def num_patches(recipe: PretrainRecipe) -> int:
+    if recipe.image.size % recipe.encoder.patch_size:
+        raise UserError(f"image.size: {recipe.image.size} is not a multiple of encoder.patch_size {recipe.encoder.patch_size}")
     return (recipe.image.size // recipe.encoder.patch_size) ** 2
 
 
-def caption_tokenizer(recipe: PretrainRecipe, directory: RunDirectory, placement: Placement) -> CaptionTokenizer:
-    """The recipe's .model file, or one trained on the captions of the run's first samples (rank 0 trains)."""
-    path = directory.path / "tokenizer.model"
-    if placement.is_main and not path.exists():
-        if recipe.text.tokenizer == "train":
-            captions = PairDataset.captions(recipe.data.sources, TOKENIZER_CAPTIONS, recipe.seed, recipe.data.index_dir)
-            train_tokenizer(captions, path, recipe.text.vocab_size, canonicalize_text=recipe.text.canonicalize)
-        else:
-            source = Path(recipe.text.tokenizer)
-            if not source.is_file():
-                raise UserError(f"text.tokenizer: {source}: no such sentencepiece .model file (or write `train`)")
-            shutil.copyfile(source, path)
-    placement.barrier()
-    return CaptionTokenizer(path, recipe.text.context_length, recipe.text.canonicalize)
-
-
-def pair_datasets(
-    recipe: PretrainRecipe, tokenizer: CaptionTokenizer, directory: RunDirectory, placement: Placement
-) -> tuple[PairDataset, PairDataset | None]:
-    """Training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 builds the indexes first."""
-    def build(sources: list, seed: int) -> PairDataset:
-        return PairDataset(sources, seed=seed, image=recipe.image, tokenizer=tokenizer, num_patches=num_patches(recipe),
-                           index_dir=recipe.data.index_dir, window_shards=recipe.data.window_shards,
-                           shuffle_captions=recipe.objective.shuffle_captions,
-                           progress=placement.is_main)
-
+def pair_data(
+    recipe: PretrainRecipe, directory: RunDirectory, placement: Placement
+) -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
+    """Tokenizer, training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 indexes first."""
     if not recipe.data.sources:
         raise UserError("data.sources: names no shards; give at least one source with a path")
-    if not placement.is_main:
-        placement.barrier()
-    data = build(recipe.data.sources, recipe.seed)
-    held_out = build(recipe.data.validation, 0) if recipe.data.validation else None
+
+    def dataset(sources: Sequence[Any], tokenizer: CaptionTokenizer | None, seed: int) -> PairDataset:
+        bar = Progress("indexing shards", 1, enabled=placement.is_main, unit="shards")
+        return PairDataset(
+            sources, seed, recipe.image, tokenizer, num_patches(recipe), cache_dir=recipe.data.index_dir,
+            window_shards=recipe.data.window_shards, shuffle_captions=recipe.objective.shuffle_captions, progress=bar.of,
+        )
+
+    def build() -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
+        path = directory.path / "tokenizer.model"
+        if placement.is_main and not path.exists():
+            make_caption_tokenizer(recipe, path, lambda: dataset(recipe.data.sources, None, recipe.seed).texts(TOKENIZER_TEXTS))
+        tokenizer = CaptionTokenizer(path, recipe.text.context_length, recipe.text.canonicalize)
+        held_out = dataset(recipe.data.validation, tokenizer, 0) if recipe.data.validation else None
+        return tokenizer, dataset(recipe.data.sources, tokenizer, recipe.seed), held_out
+
+    tokenizer, data, held_out = placement.main_first(build)
+    directory.write_json("data_report.json", pair_report(data))
     if placement.is_main:
-        placement.barrier()
-        for line in data.summary():
-            say(line)
-    directory.write_json("data_report.json", data.report())
-    return data, held_out
+        say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {len(data.bad_samples()):,} bad ones left out")
+    if len(data.bad_samples()) > recipe.data.max_bad_fraction * (data.num_samples + len(data.bad_samples())):
+        raise UserError(f"data.sources: {len(data.bad_samples())} of {data.num_samples + len(data.bad_samples())} samples are bad, above "
+                        f"max_bad_fraction {recipe.data.max_bad_fraction:g} (first: {data.bad_samples()[0]}); see data_report.json")
+    return tokenizer, data, held_out
+
+
+def make_caption_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callable[[], Any]) -> None:
+    """The recipe's .model file, or one trained on the run's own captions."""
+    if recipe.text.tokenizer == "train":
+        train_tokenizer(captions(), path, recipe.text.vocab_size, canonicalize=recipe.text.canonicalize)
+        return
+    source = Path(recipe.text.tokenizer)
+    if not source.is_file():
+        raise UserError(f"text.tokenizer: {source}: no such sentencepiece .model file (or write `train`)")
+    shutil.copyfile(source, path)
+
+
+def pair_report(data: PairDataset) -> dict[str, Any]:
+    bad = data.bad_samples()
+    return {"samples": data.num_samples, "bad_samples_in_index": len(bad), "named_in_index": bad[:1000]}
 
 
 def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int) -> AIMv2ForPreTraining:
     """Encoder (from its sizes or a checkpoint) and multimodal decoder with Apple's initialisation."""
     e, d = recipe.encoder, recipe.decoder
-    if recipe.image.size % e.patch_size:
-        raise UserError(f"image.size: {recipe.image.size} is not a multiple of encoder.patch_size {e.patch_size}")
     if e.path is not None:
         encoder = load_encoder(e.path, image_size=recipe.image.size, attention=e.attention)
     else:
@@ -116,24 +130,14 @@ def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int) -> AIMv2For
     )
 
 
-def make_optimizer(model: torch.nn.Module, *, recipe: Any, roles: dict[str, str], placement: Placement,
-                   lr_scales: dict[str, float] | None = None) -> torch.optim.Optimizer:
-    groups = parameter_groups(model.named_parameters(), roles, recipe.optim, lr_scales or {})
-    if placement.is_main:
-        for line in describe(groups):
-            say(line)
-    return build_optimizer(groups, recipe.optim)
-
-
 class PairSteps:
     """step -> this process's micro-batches of image-text pairs."""
 
-    def __init__(self, data: PairDataset, recipe: PretrainRecipe, placement: Placement):
-        self.data, self.optim = data, recipe.optim
-        self.rank, self.world = placement.rank, placement.world
+    def __init__(self, data: PairDataset, optim: Optimizer, placement: Placement):
+        self.data, self.optim, self.rank, self.world = data, optim, placement.rank, placement.world
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
-        positions = global_slice(step, self.optim.batch_size, self)
+        positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
         size = self.optim.micro_batch_size
         return [self.data.microbatch(positions[i : i + size]) for i in range(0, len(positions), size)]
 
@@ -141,24 +145,149 @@ class PairSteps:
 def validate_pairs(objective: AIMv2Objective, model: torch.nn.Module, data: PairDataset, recipe: PretrainRecipe,
                    placement: Placement) -> dict[str, float]:
     """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
-    total, size = min(recipe.data.validation_samples, len(data)), recipe.optim.micro_batch_size
+    total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size
     mine = range(placement.rank, total, placement.world)
-    batches = (data.validation(mine[i : i + size]) for i in range(0, len(mine), size))
-    return validate(objective, model, batches, placement)
+    return validate(objective, model, (data.validation(mine[i : i + size]) for i in range(0, len(mine), size)), placement)
 
 
 def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: PretrainRecipe, tokenizer: CaptionTokenizer) -> None:
     """`final/`: encoder + image processor for plain AutoModel; `final/pretraining/`: decoder, heads, tokenizer."""
-    model.save_pretrained(folder, image_processor=image_processor(recipe), extra_files=[tokenizer.model_file])
-
-
-def image_processor(recipe: PretrainRecipe) -> Any:
-    """Resize and centre crop with the run's own mean and std: they belong to the checkpoint."""
     from transformers import CLIPImageProcessor
 
     size = recipe.image.size
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-                              image_mean=list(recipe.image.mean), image_std=list(recipe.image.std), resample=3)
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=3,
+                                   image_mean=list(recipe.image.mean), image_std=list(recipe.image.std))
+    model.save_pretrained(folder, image_processor=processor, extra_files=[folder.parent / "tokenizer.model"])
+
+
+# ------------------------------------------------------------------------------------------------------ instruction tuning
+
+
+def sft(recipe: SftRecipe, restart: bool = False) -> Path:
+    """Tune an assistant by `recipe` (section 4.3.1); returns its folder (`final/`), a stock transformers checkpoint."""
+    placement = Placement(recipe.train.strategy, recipe.precision)
+    directory = open_run(recipe, placement, restart)
+    if not directory.finished:
+        conversations = conversation_data(recipe, directory, placement)
+        optim = resolve_steps(recipe.optim, len(conversations), placement)
+        rebuild = partial(build_from_recipe, recipe, chat_tokenizer(recipe, conversations, directory, placement))
+        assistant, processor = seeded(recipe.seed, rebuild)
+        tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
+        check_context(assistant, tiling.num_image_tokens(*tiling.resolution), 1)
+        report_parts(set_trainable(assistant, recipe.trainable), placement)
+        features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
+        data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
+                                  tiling, processor.image_processor, features, max_length(recipe, assistant))
+        model, optimizer = placement.place(
+            AssistantForTraining(assistant), partial(make_optimizer, optim=optim, connector_lr_scale=recipe.connector_lr_scale))
+        train(
+            directory=directory, placement=placement, objective=InstructionObjective(), model=model, optimizer=optimizer,
+            micro_batches=ConversationSteps(data, optim, placement, recipe.seed), optim=optim, loop=recipe.train,
+            fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
+            max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
+        )
+        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor))
+    return close_run(directory, placement, "tuning")
+
+
+def conversation_data(recipe: SftRecipe, directory: RunDirectory, placement: Placement) -> ConversationSet:
+    """Every row judged once; bad ones are counted by reason in data_report.json, too many stop the run."""
+    if not recipe.data.sources:
+        raise UserError("data.sources: names no conversation file; give at least one source with path and images")
+    conversations = placement.main_first(lambda: ConversationSet(recipe.data.sources, recipe.seed))
+    report = conversations.report()
+    directory.write_json("data_report.json", report)
+    check_bad_fraction(report, recipe.data.max_bad_fraction)
+    if placement.is_main:
+        say(f"data: {len(conversations):,} conversations; left out: {report.get('rejected') or 'none'}")
+    return conversations
+
+
+def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory: RunDirectory, placement: Placement) -> Path | None:
+    """For a decoder from scratch: a tokenizer trained on the conversations' texts. None: the decoder brings its own."""
+    if recipe.llm.path is not None:
+        return None
+    folder = directory.path / "tokenizer"
+    if placement.is_main and not (folder / "tokenizer_config.json").exists():
+        rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
+        train_chat_tokenizer((turn.text for row in rows for turn in row.turns), folder, recipe.llm.vocab_size, recipe.llm.template)
+    placement.barrier()
+    return folder
+
+
+def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.nn.Module, Any]:
+    """(assistant, processor) of the recipe: frozen encoder, new connector, decoder from `llm.path` or from scratch."""
+    if not recipe.encoder.path:
+        raise UserError("encoder.path: name the encoder, e.g. encoder.path=runs/pretrain/final")
+    llm = recipe.llm
+    encoder = load_encoder(recipe.encoder.path, image_size=recipe.encoder.image_size, attention=recipe.encoder.attention)
+    mean, std = image_statistics(recipe.encoder.path)
+    sizes = {"hidden_size": llm.hidden_size, "intermediate_size": llm.intermediate_size, "num_hidden_layers": llm.num_layers,
+             "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_heads, "max_position_embeddings": llm.max_positions}
+    return build_assistant(
+        encoder, llm.path, recipe.tiling.grid, tokenizer=tokenizer, llm_config=sizes, template=llm.template, image_mean=mean,
+        image_std=std, pad_square=recipe.tiling.pad_square, attention=llm.attention,
+    )
+
+
+def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
+    return min(recipe.data.max_length, assistant.config.text_config.max_position_embeddings)
+
+
+def report_parts(counts: dict[str, int], placement: Placement) -> None:
+    if placement.is_main:
+        say("trainable parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+
+
+def feature_cache(recipe: SftRecipe, assistant: torch.nn.Module, processor: Any, tiling: Tiling, conversations: ConversationSet,
+                  directory: RunDirectory, placement: Placement) -> FeatureCache | None:
+    """Features of the frozen encoder, computed once where pictures are used more than once (`encoder.cache`)."""
+    cache = recipe.encoder.cache
+    if cache == "off" or "encoder" in recipe.trainable:
+        if cache == "on":
+            raise UserError("encoder.cache: on, but trainable names the encoder; its features change at every step")
+        return None
+    width = assistant.config.vision_config.hidden_size
+    if cache == "auto":
+        again = recipe.optim.steps * recipe.optim.batch_size > len(conversations) or (recipe.optim.epochs or 0) > 1
+        if not again or FeatureCache.num_bytes(conversations, tiling, width) > recipe.encoder.cache_limit_gb * 1e9:
+            return None
+    bar = Progress("encoding pictures", 1, enabled=placement.is_main, unit="pictures")
+    try:
+        return placement.main_first(lambda: FeatureCache.open(
+            directory.path / "features", conversations, tiling, processor.image_processor,
+            partial(encode_views, assistant.eval()), assistant.model.vision_tower.state_dict(), recipe.encoder.batch_size, bar.of,
+        ))
+    finally:
+        bar.close()
+
+
+class ConversationSteps:
+    """step -> this process's micro-batches of conversations; every epoch in a new order (data/order.py)."""
+
+    def __init__(self, data: InstructionDataset, optim: Optimizer, placement: Placement, seed: int):
+        self.data, self.optim, self.rank, self.world = data, optim, placement.rank, placement.world
+        self.order = Order([[len(data)]], [1.0], seed)
+
+    def __call__(self, step: int) -> list[dict[str, Any]]:
+        positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
+        return self.data.microbatches([self.order.locate(p).sample for p in positions], self.optim.micro_batch_size)
+
+
+def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:
+    """What the rows of a run depend on: seed, files by content, how many rows of each."""
+    def digest(path: str) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {"seed": recipe.seed, "rows": len(conversations),
+            "sources": {s.path: f"{s.take} {digest(s.path)}" for s in recipe.data.sources}}
+
+
+def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any) -> None:
+    """A stock checkpoint: weights, processor with its chat template, generation config."""
+    model.assistant.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ any run
@@ -176,11 +305,42 @@ def open_run(recipe: Any, placement: Placement, restart: bool) -> RunDirectory:
     return directory
 
 
-def publish(directory: RunDirectory, placement: Placement, model: torch.nn.Module, placed: torch.nn.Module, write: Any) -> None:
-    """Write `final/` from the trained weights of every process."""
+def resolve_steps(optim: Optimizer, samples_per_epoch: int, placement: Placement) -> Optimizer:
+    """`optim` with `epochs` turned into steps."""
+    check_batch(optim, placement)
+    if optim.epochs is not None:
+        optim.steps = max(1, math.ceil(optim.epochs * samples_per_epoch / optim.batch_size))
+    if optim.warmup_steps >= optim.steps:
+        raise UserError(f"optim.warmup_steps: {optim.warmup_steps} leave nothing of {optim.steps} steps; lower it")
+    return optim
+
+
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """Every process draws the same initial weights, whatever was drawn before."""
+    torch.manual_seed(seed)
+    return build()
+
+
+def make_optimizer(model: torch.nn.Module, *, optim: Optimizer, roles: dict[str, str] | None = None,
+                   connector_lr_scale: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW of the trainable parameters; without `roles` (tuning) everything is decayed, as torch's AdamW does."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    scales = {name: connector_lr_scale for name in names if part_of(name) == "connector"} if roles is None else {}
+    groups = parameter_groups(model.named_parameters(), roles or dict.fromkeys(names, "weight"), optim, scales)
+    for line in describe(groups):
+        say(line)
+    return build_optimizer(groups, optim)
+
+
+def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Module, rebuild: Callable[[], torch.nn.Module],
+            write: Callable[[Path, torch.nn.Module], None]) -> None:
+    """Write `final/` with the full trained weights, wherever they lie; rank 0 writes."""
     state = placement.full_state(placed)
     if placement.is_main:
-        model.to("cpu").load_state_dict(state, strict=False, assign=True) if model is not placement.unwrap(placed) else None
+        model = placement.unwrap(placed)
+        if placement.shards_weights:
+            model = rebuild()
+            model.load_state_dict(state, strict=True)
         directory.publish(lambda folder: write(folder, model))
     placement.barrier()
 

@@ -1,0 +1,94 @@
+"""`aimv2-vlm demo`: the whole chain on embedded data, every stage of it a recipe that ships with the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from aimv2_vlm.config import EvalConfig, PretrainRecipe, SftRecipe
+from aimv2_vlm.recipe import load_recipe
+from aimv2_vlm.train.metrics import Progress, format_seconds, say
+
+PRETRAINING_SAMPLES, HELD_OUT_SAMPLES = 16_000, 512
+TUNING_PICTURES, TEST_PICTURES = 3_000, 200
+ARMS = ("1x1", "2x2")  # one assistant per resolution, as in the paper's Figure 5
+
+
+def demo(out: str, seed: int = 0) -> int:
+    """Make the data, pre-train, tune one assistant per tiling, evaluate, write `report.html`. Every stage goes on where it was
+    stopped; finished stages are passed over. Returns the exit code of the evaluation."""
+    root = Path(out)
+    root.mkdir(parents=True, exist_ok=True)
+    clock = Clock(root / "timings.json")
+    data_root = root / "data"
+    clock.stage("data", lambda: write_data(data_root))
+    from aimv2_vlm.train.run import pretrain, sft
+
+    common = [f"data_root={data_root}", f"seed={seed}"]
+    pretraining: PretrainRecipe = load_recipe("pretrain", "demo_scenes", [*common, f"out={root / 'pretrain'}"])
+    clock.stage("pre-training", lambda: pretrain(pretraining))
+    for grid in ARMS:
+        tuning: SftRecipe = load_recipe(
+            "sft", f"demo_scenes_{grid}", [*common, f"out={root / f'sft_{grid}'}", f"encoder.path={root / 'pretrain' / 'final'}"])
+        clock.stage(f"tuning {grid}", lambda tuning=tuning: sft(tuning))
+    evaluation: EvalConfig = load_recipe(
+        "eval", "demo_scenes", [*common, f"out={root / 'eval'}", *model_overrides(root)])
+    from aimv2_vlm.evaluation.sweep import run_sweep
+
+    code = clock.stage("evaluation", lambda: run_sweep(evaluation, progress=say))
+    from aimv2_vlm.evaluation.report import write_report
+
+    report = write_report(root / "report.html", runs={"pre-training": root / "pretrain", **{f"tuning {g}": root / f"sft_{g}" for g in ARMS}},
+                          eval_dir=root / "eval", title="AIMv2 demo: shards to assistant", extra=clock.lines())
+    clock.show()
+    print(f"report: {report.resolve()}")
+    return code
+
+
+def model_overrides(root: Path) -> list[str]:
+    """The two assistants of this run, and the tiled one on pictures without new pixels."""
+    config: EvalConfig = load_recipe("eval", "demo_scenes", ["data_root=."])
+    return [f"models.{i}.path={root / Path(model.path).relative_to('runs/demo')}" for i, model in enumerate(config.models)]
+
+
+def write_data(root: Path) -> None:
+    """Shards, conversations and benchmarks of the embedded data; what is already there is kept."""
+    from aimv2_vlm.data import scenes
+
+    def bar(what: str) -> Callable[[int, int], None]:
+        return Progress(what, 1, unit="pictures").of
+
+    scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, progress=bar("drawing shards"))
+    scenes.write_pretraining_shards(root / "held_out", "dev", HELD_OUT_SAMPLES, progress=bar("drawing held-out shards"))
+    scenes.write_conversations(root / "conversations", "train", TUNING_PICTURES, progress=bar("drawing conversations"))
+    scenes.write_benchmarks(root / "benchmarks", "test", TEST_PICTURES, progress=bar("drawing benchmarks"))
+
+
+class Clock:
+    """Seconds of each stage, added up over interrupted starts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.seconds = {}
+
+    def stage(self, name: str, work: Callable[[], object]) -> object:
+        say(f"== {name}")
+        start = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.path.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
+
+    def lines(self) -> dict[str, str]:
+        return {f"time for {name}": format_seconds(seconds) for name, seconds in self.seconds.items()}
+
+    def show(self) -> None:
+        total = sum(self.seconds.values())
+        print("  ".join(f"{name} {format_seconds(s)}" for name, s in self.seconds.items()), f" total {format_seconds(total)}", file=sys.stderr)

@@ -1,0 +1,184 @@
+"""A tiny pre-training run through the real loop's parts, for test_distributed.py and benchmarks/distributed_curves.py.
+
+Alone it is the single-process run; under `python -m torch.distributed.run` it goes through strategies one after another and
+the main process writes `<strategy>.json` into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from aimv2_vlm.config import Optimizer
+from aimv2_vlm.models.encoder import build_encoder
+from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
+from aimv2_vlm.train import checkpoint
+from aimv2_vlm.train.distributed import Placement
+from aimv2_vlm.train.loop import add_counts, losses, run_step, validate
+from aimv2_vlm.train.objectives import AIMv2Objective
+from aimv2_vlm.train.optim import build_optimizer, learning_rate, parameter_groups
+
+SIZE, PATCH, VOCAB, CONTEXT, BATCH = 56, 14, 61, 12, 8
+NUM_PATCHES = (SIZE // PATCH) ** 2
+HALF = 10  # the step whose checkpoint the strategies hand to each other
+OPTIM = Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=20, batch_size=BATCH, clip=2.0)
+# Who goes on from whose checkpoint: every strategy reads another one's and is read by another one.
+READS = {"ddp": "zero3", "fsdp2": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
+
+
+def build_model(seed: int) -> AIMv2ForPreTraining:
+    """One frozen block and odd sizes, so that shards are uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    encoder = build_encoder(image_size=SIZE, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=2, generator=generator)
+    model = AIMv2ForPreTraining(
+        encoder, decoder_hidden_size=28, decoder_intermediate_size=38, decoder_num_layers=2, decoder_num_heads=2,
+        vocab_size=VOCAB, context_length=CONTEXT, generator=generator,
+    )
+    model.encoder.encoder.layers[0].requires_grad_(False)
+    return model
+
+
+def make_optimizer(model: AIMv2ForPreTraining) -> torch.optim.Optimizer:
+    """Four groups: with and without decay, learning rate x 1 and x 8 (the connector's factor in tuning)."""
+    scales = {name: 8.0 for name, _ in model.named_parameters() if name.startswith("image_projection")}
+    return build_optimizer(parameter_groups(model.named_parameters(), model.parameter_roles(), OPTIM, scales), OPTIM)
+
+
+def sample_rows(step: int) -> dict[str, torch.Tensor]:
+    """The global batch of a step: captions of 1 to 12 tokens, prefixes of every length, now and then a hole of weight 0."""
+    generator = torch.Generator().manual_seed(1000 + step)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    weights = torch.ones(BATCH)
+    weights[step % BATCH] = float(step % 3 != 0)
+    return {"pixels": draw(0, 256, BATCH, 3, SIZE, SIZE).to(torch.uint8), "input_ids": draw(2, VOCAB, BATCH, CONTEXT),
+            "text_lengths": draw(1, CONTEXT + 1, BATCH), "prefix_lengths": draw(1, NUM_PATCHES, BATCH), "weights": weights}
+
+
+def micro_batches(step: int, size: int, placement: Placement) -> list[dict[str, Any]]:
+    """This process's part of the global batch in micro-batches of `size`, the last one maybe smaller."""
+    share = BATCH // placement.world
+    rows = {key: value[placement.rank * share :][:share] for key, value in sample_rows(step).items()}
+    return [{k: v[i : i + size] for k, v in rows.items()} | {"bad": []} for i in range(0, share, size)]
+
+
+class Poisoned(AIMv2Objective):
+    """Not a number on one process only."""
+
+    def __init__(self, rank: int):
+        super().__init__(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
+        self.rank = rank
+
+    def sums(self, model: torch.nn.Module, batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+        bad = torch.distributed.get_rank() == self.rank
+        return {k: v * float("nan") if bad else v for k, v in super().sums(model, batch, device).items()}
+
+
+class Run:
+    """A placed model and its optimizer."""
+
+    def __init__(self, strategy: str, seed: int = 0, precision: str = "fp32"):
+        self.placement = Placement(strategy, precision)
+        self.objective = AIMv2Objective(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
+        self.model, self.optimizer = self.placement.place(build_model(seed), make_optimizer)
+
+    def steps(self, first: int, last: int, size: int, clip: float = OPTIM.clip, objective: Any = None) -> list[dict[str, float]]:
+        rows = []
+        objective = objective or self.objective
+        for step in range(first, last):
+            batches = micro_batches(step, size, self.placement)
+            counts = self.placement.sum_counts(add_counts(objective, batches))
+            rate = learning_rate(step, OPTIM)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            sums, norm = run_step(objective, self.model, self.optimizer, batches, counts, self.placement, clip)
+            rows.append(losses(objective, sums, counts, self.placement) | {"grad_norm": float(norm)})
+        return rows
+
+    def validation(self) -> dict[str, float]:
+        return validate(self.objective, self.model, micro_batches(99, 3, self.placement), self.placement)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.placement.state_tensors(self.model, self.optimizer)
+
+    def save(self, folder: Path, step: int) -> None:
+        checkpoint.save(folder, step, self.tensors(), {"strategy": self.placement.strategy}, self.placement, keep_last=2)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        path, state = checkpoint.newest(folder, self.placement)
+        tensors = self.tensors()
+        checkpoint.load(path, tensors, self.placement)
+        self.placement.after_load(self.model, self.optimizer, tensors)
+        return state
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        local = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in self.tensors().items()}
+        return {name: tensor.clone() for name, tensor in local.items()}
+
+
+def gradients(strategy: str, sizes: list[int], out: Path) -> None:
+    """One step's gradient for each cut into micro-batches. After one unclipped step AdamW's first moment is 0.1 gradient."""
+    for size in sizes:
+        run = Run(strategy)
+        run.steps(5, 6, size, clip=0.0)
+        run.save(out / f"gradient_{strategy}_{size}", 1)
+
+
+def exercise(strategy: str, out: Path, num_steps: int) -> dict[str, Any]:
+    run = Run(strategy)
+    result: dict[str, Any] = {"validation": run.validation()}
+    result["curve"] = run.steps(0, HALF, 3)
+    run.save(out / f"half_{strategy}", HALF)
+    result["curve"] += run.steps(HALF, num_steps, 3)
+    state = run.placement.full_state(run.model)
+    if run.placement.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / f"final_{strategy}.safetensors")
+    before = run.snapshot()
+    result["poisoned_norm"] = str(run.steps(num_steps, num_steps + 1, 2, objective=Poisoned(rank=1))[0]["grad_norm"])
+    after = run.snapshot()
+    touched = [name for name in before if not torch.equal(before[name], after[name])]
+    result["touched"] = run.placement.gather_strings(touched)
+    result["after_poison"] = run.steps(num_steps, num_steps + 1, 2)  # the run goes on as if that step had not been
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("strategies", nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=OPTIM.steps)
+    parser.add_argument("--curves-only", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    OPTIM.steps = arguments.steps
+    for strategy in arguments.strategies:
+        if arguments.curves_only:
+            run = Run(strategy)
+            result = {"curve": run.steps(0, arguments.steps, 3)}
+        else:
+            result = exercise(strategy, arguments.out, arguments.steps)
+            gradients(strategy, [4, 2, 1], arguments.out)
+            halved = Run(strategy, precision="bf16")
+            result["bf16"] = halved.steps(0, 3, 3)
+        if Placement().is_main:
+            (arguments.out / f"{strategy}.json").write_text(json.dumps(result))
+    if not arguments.curves_only:
+        for strategy in arguments.strategies:
+            resumed = Run(strategy, seed=1)
+            state = resumed.load(arguments.out / f"half_{READS[strategy]}")
+            rows = resumed.steps(state["step"], arguments.steps, 3)
+            if resumed.placement.is_main:
+                (arguments.out / f"{strategy}_from_{state['strategy']}.json").write_text(json.dumps(rows))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

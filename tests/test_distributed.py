@@ -1,0 +1,160 @@
+"""Laws of placement: every strategy is the single-process run, and reads every other one's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import distributed_worker as worker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.train import checkpoint
+from aimv2_vlm.train.distributed import Placement
+
+STRATEGIES = list(worker.READS)
+WORKER = Path(worker.__file__)
+CURVE, GRADIENT = 2e-6, 1e-6  # largest deviation x max(1, loss); relative norm per tensor
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """What two processes wrote, going through all strategies in one launch."""
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", "localhost:0", str(WORKER), *STRATEGIES, "--out", str(folder)]
+    paths = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single() -> SimpleNamespace:
+    """The run in one process: curve, weights, gradient of one unclipped step."""
+    run = worker.Run("single")
+    validation = run.validation()
+    curve = run.steps(0, 20, worker.BATCH)
+    weights = {name: tensor.clone() for name, tensor in run.placement.full_state(run.model).items()}
+    extra = run.steps(20, 21, worker.BATCH)
+    return SimpleNamespace(curve=curve, weights=weights, gradient=gradient(worker.BATCH), validation=validation, extra=extra)
+
+
+def gradient(size: int) -> dict[str, torch.Tensor]:
+    run = worker.Run("single")
+    run.steps(5, 6, size, clip=0.0)
+    return {name: tensor.clone() for name, tensor in run.tensors().items() if name.startswith("exp_avg.")}
+
+
+def assert_same_curve(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in row.keys() - {"grad_norm"}:
+            assert abs(row[name] - wanted[name]) <= CURVE * max(1, abs(wanted[name])), name
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+
+
+def assert_same_gradient(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert float((found[name] - wanted).norm()) <= GRADIENT * float(wanted.norm()), name
+
+
+@pytest.fixture(params=STRATEGIES)
+def result(request, out) -> SimpleNamespace:
+    return SimpleNamespace(strategy=request.param, **json.loads((out / f"{request.param}.json").read_text()))
+
+
+def test_curve_equals_single_process(result, single) -> None:
+    assert any(row["grad_norm"] > worker.OPTIM.clip for row in single.curve)  # clipping is part of what is compared
+    assert_same_curve(result.curve, single.curve)
+
+
+def test_validation_equals_single_process(result, single) -> None:
+    for name, value in single.validation.items():
+        assert abs(result.validation[name] - value) <= CURVE * max(1, abs(value))
+
+
+def test_final_weights_are_whole_and_equal(result, single, out) -> None:
+    """Frozen ones and all, as one process writes them: with a learning rate x 8 on one group."""
+    weights = load_file(out / f"final_{result.strategy}.safetensors")
+    assert weights.keys() == single.weights.keys()
+    for name, wanted in single.weights.items():
+        assert weights[name].shape == wanted.shape
+        assert float((weights[name] - wanted).norm()) <= 1e-4 * float(wanted.norm()), name
+
+
+def test_nan_on_one_process_is_skipped_by_all(result, single) -> None:
+    assert not math.isfinite(float(result.poisoned_norm))
+    assert result.touched == []
+    assert_same_curve(result.after_poison, single.extra)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_cut_gives_the_same_gradient(size, single) -> None:
+    assert_same_gradient(gradient(size), single.gradient)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_cut_gives_the_same_gradient_on_two_processes(strategy, size, out, single) -> None:
+    run = worker.Run("single", seed=1)
+    run.load(out / f"gradient_{strategy}_{size}")
+    assert_same_gradient({n: t for n, t in run.tensors().items() if n.startswith("exp_avg.")}, single.gradient)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_single_process_goes_on_from_every_strategy(strategy, out, single) -> None:
+    run = worker.Run("single", seed=1)
+    state = run.load(out / f"half_{strategy}")
+    assert state["strategy"] == strategy and state["step"] == worker.HALF
+    assert_same_curve(run.steps(worker.HALF, 20, 4), single.curve[worker.HALF :])
+
+
+@pytest.mark.parametrize(("strategy", "source"), worker.READS.items())
+def test_strategy_goes_on_from_another(strategy, source, out, single) -> None:
+    assert_same_curve(json.loads((out / f"{strategy}_from_{source}.json").read_text()), single.curve[worker.HALF :])
+
+
+def test_bf16_stays_near_fp32(result, single) -> None:
+    for row, wanted in zip(result.bf16, single.curve, strict=False):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=2e-2)
+        assert row["loss"] != wanted["loss"]
+
+
+def test_no_pickle_is_written(out) -> None:
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert files and {path.suffix for path in files} == {".safetensors", ".json"}
+
+
+def test_shards_are_spread_over_processes(out) -> None:
+    """Under every strategy both processes write about half of a checkpoint."""
+    for strategy in STRATEGIES:
+        [folder] = (out / f"half_{strategy}").glob(f"{checkpoint.PREFIX}*")
+        sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+        assert len(sizes) == 2 and max(sizes) < 2 * min(sizes), strategy
+
+
+@pytest.mark.parametrize(("strategy", "world", "reason"), [
+    ("single", "2", "2 processes were launched"), ("ddp", "1", "one process"), ("fsdp2", "1", "one process"),
+    ("zero2", "1", "one process"), ("zero3", "1", "one process"),
+])
+def test_strategy_that_does_not_fit_the_launch_is_refused(strategy, world, reason, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=reason):
+        Placement(strategy)
+
+
+def test_plugin_of_accelerate_launch_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_DEEPSPEED"):
+        Placement("single")
