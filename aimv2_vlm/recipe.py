@@ -49,7 +49,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return parse_yaml(text, str(path))
+    return parse_yaml(text, str(path)) or {}
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -65,7 +65,7 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UserError(f"{name}: not valid YAML ({type(error).__name__})") from None
     finally:
         loader.dispose()
-    return {} if loaded is None else loaded
+    return loaded
 
 
 def recipes_dir(verb: str) -> Path:

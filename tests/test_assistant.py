@@ -20,20 +20,37 @@ from aimv2_vlm.data.collate import FeatureCache, InstructionDataset, distinct_pi
 from aimv2_vlm.data.conversations import IMAGE, ConversationSet
 from aimv2_vlm.data.tiling import Tiling, picture_views
 from aimv2_vlm.models.assistant import (
-    AssistantForTraining, build_assistant, check_context, encode_views, parameter_groups_by_part, part_of, set_trainable,
+    AssistantForTraining,
+    build_assistant,
+    check_context,
+    encode_views,
+    parameter_groups_by_part,
+    part_of,
+    set_trainable,
 )
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
-LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=1024)
+LLAMA = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=1024
+)
 GRIDS = ["1x1", "2x2"]
 
 
 def make_encoder(seed=0):
     torch.manual_seed(seed)
-    return Aimv2VisionModel(Aimv2VisionConfig(
-        image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        use_head=False, tie_last_hidden_states=True, initializer_range=0.2,
-    )).eval()
+    return Aimv2VisionModel(
+        Aimv2VisionConfig(
+            image_size=28,
+            patch_size=14,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            use_head=False,
+            tie_last_hidden_states=True,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +62,9 @@ def tokenizer_folder(tmp_path_factory):
 
 def build(tokenizer_folder, grid, seed=0, **more):
     encoder = make_encoder(seed)
-    return build_assistant(encoder, None, grid, tokenizer=str(tokenizer_folder), llm_config=LLAMA, image_mean=MEAN, image_std=STD, **more)
+    return build_assistant(
+        encoder, None, grid, tokenizer=str(tokenizer_folder), llm_config=LLAMA, image_mean=MEAN, image_std=STD, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +74,24 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, (height, width) in {"wide": (20, 50), "tall": (70, 31), "square": (40, 40), "dot": (1, 1)}.items():
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    rows = [(["wide"], "What?", "a red circle"), ([], "Hello", "yes"), (["tall"], f"And {IMAGE} this?", "no", "Sure?", "yes, 12"),
-            (["square", "wide"], f"{IMAGE}{IMAGE}\nSame?", "no"), (["dot"], "What?", "a circle"), (["square"], "Red?", "yes"),
-            ([], "One", "two", "Three", "four"), (["tall"], "What?", "a long answer of many words, 12 12 12")]
-    rows = [{"id": i, "image": [f"{n}.png" for n in names],
-             "conversations": [{"from": ("human", "gpt")[j % 2], "value": v} for j, v in enumerate(values)]}
-            for i, (names, *values) in enumerate(rows)]
+    rows = [
+        (["wide"], "What?", "a red circle"),
+        ([], "Hello", "yes"),
+        (["tall"], f"And {IMAGE} this?", "no", "Sure?", "yes, 12"),
+        (["square", "wide"], f"{IMAGE}{IMAGE}\nSame?", "no"),
+        (["dot"], "What?", "a circle"),
+        (["square"], "Red?", "yes"),
+        ([], "One", "two", "Three", "four"),
+        (["tall"], "What?", "a long answer of many words, 12 12 12"),
+    ]
+    rows = [
+        {
+            "id": i,
+            "image": [f"{n}.png" for n in names],
+            "conversations": [{"from": ("human", "gpt")[j % 2], "value": v} for j, v in enumerate(values)],
+        }
+        for i, (names, *values) in enumerate(rows)
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 
@@ -71,7 +102,14 @@ def open_rows(folder):
 
 def dataset(folder, processor, features=None, max_length=None, **tiling):
     chat = ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token)
-    return InstructionDataset(open_rows(folder), chat, Tiling.from_processor(processor, **tiling), processor.image_processor, features, max_length)
+    return InstructionDataset(
+        open_rows(folder),
+        chat,
+        Tiling.from_processor(processor, **tiling),
+        processor.image_processor,
+        features,
+        max_length,
+    )
 
 
 def arguments(batch):
@@ -128,7 +166,9 @@ def test_the_cut_into_micro_batches_changes_no_gradient(tokenizer_folder, data, 
     assert ("model.image_newline" in whole) == (grid == "2x2") and all(g.abs().sum() > 0 for g in whole.values())
     for size in (1, 3, 5):
         assert_same_gradients(whole, gradients(model, rows.microbatches(range(8), size)))
-    assert_same_gradients(whole, gradients(model, rows.microbatches([3, 1, 0, 2], 2) + rows.microbatches([7, 4, 6, 5], 3)))
+    assert_same_gradients(
+        whole, gradients(model, rows.microbatches([3, 1, 0, 2], 2) + rows.microbatches([7, 4, 6, 5], 3))
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -140,7 +180,11 @@ def test_cached_features_give_the_same_batches(tokenizer_folder, data, grid, tmp
     cached = dataset(data, processor, cache)
     one, other = (rows.microbatches(range(8), 3) for rows in (plain, cached))
     for a, b in zip(one, other, strict=True):
-        assert "pixel_values" not in b and torch.equal(a["input_ids"], b["input_ids"]) and a["image_sizes"] == b["image_sizes"]
+        assert (
+            "pixel_values" not in b
+            and torch.equal(a["input_ids"], b["input_ids"])
+            and a["image_sizes"] == b["image_sizes"]
+        )
         x, y = (AssistantForTraining(model)(**arguments(batch))["text_sum"] for batch in (a, b))
         assert abs(x - y) <= 1e-5 * abs(x)
     assert_same_gradients(gradients(model, one), gradients(model, other), 1e-5)
@@ -148,8 +192,13 @@ def test_cached_features_give_the_same_batches(tokenizer_folder, data, grid, tmp
 
 def open_cache(model, rows, folder, encode=None, **more):
     return FeatureCache.open(
-        folder, rows.conversations, rows.tiling, rows.image_processor, encode or (lambda pixels: encode_views(model, pixels)),
-        model.model.vision_tower.state_dict(), **more,
+        folder,
+        rows.conversations,
+        rows.tiling,
+        rows.image_processor,
+        encode or (lambda pixels: encode_views(model, pixels)),
+        model.model.vision_tower.state_dict(),
+        **more,
     )
 
 
@@ -212,24 +261,42 @@ def test_what_only_decoding_shows_keeps_its_position_with_weight_0(tokenizer_fol
     (tmp_path / "cut.png").write_bytes((data / "tall.png").read_bytes()[:-200])
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("RGB", (600, 1)).save(tmp_path / "thin.png")
-    bad = [{"id": name, "image": f"{name}.png", "conversations": rows[0]["conversations"]} for name in ("text", "cut", "empty", "thin")]
-    bad.append({"id": "long", "conversations": [{"from": "human", "value": "word " * 300}, {"from": "gpt", "value": "a"}]})
+    bad = [
+        {"id": name, "image": f"{name}.png", "conversations": rows[0]["conversations"]}
+        for name in ("text", "cut", "empty", "thin")
+    ]
+    bad.append(
+        {"id": "long", "conversations": [{"from": "human", "value": "word " * 300}, {"from": "gpt", "value": "a"}]}
+    )
     (tmp_path / "rows.json").write_text(json.dumps(bad[:2] + rows + bad[2:]))
 
     mixed = dataset(tmp_path, processor, max_length=300)
     if cached:
         mixed.features = open_cache(model, mixed, tmp_path / "cache")
-        assert sorted(os.path.basename(path) for path in mixed.features.bad) == ["cut.png", "empty.png", "text.png", "thin.png"]
+        assert sorted(os.path.basename(path) for path in mixed.features.bad) == [
+            "cut.png",
+            "empty.png",
+            "text.png",
+            "thin.png",
+        ]
     assert len(mixed) == 13
     batches = mixed.microbatches(range(13), 4)
     named = [reason for batch in batches for reason in batch["bad"]]
     assert len(named) == 5 and all("rows.json: row" in reason for reason in named)
-    for name, word in [("text.png", "picture"), ("cut.png", "picture"), ("empty.png", "empty"), ("thin.png", "thin"), ("row 12", "too_long")]:
+    for name, word in [
+        ("text.png", "picture"),
+        ("cut.png", "picture"),
+        ("empty.png", "empty"),
+        ("thin.png", "thin"),
+        ("row 12", "too_long"),
+    ]:
         assert any(name in reason and word in reason for reason in named), (name, named)
     assert sum(float((1 - batch["weights"]).sum()) for batch in batches) == 5
 
     plain = dataset(data, processor, max_length=300)
-    assert_same_gradients(gradients(model, plain.microbatches(range(8), 8)), gradients(model, batches), 1e-5 if cached else 1e-6)
+    assert_same_gradients(
+        gradients(model, plain.microbatches(range(8), 8)), gradients(model, batches), 1e-5 if cached else 1e-6
+    )
 
 
 def test_rows_of_weight_0_count_nothing(tokenizer_folder, data):
@@ -244,7 +311,9 @@ def test_rows_of_weight_0_count_nothing(tokenizer_folder, data):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_batch_without_pictures_still_reaches_every_trainable_parameter(tokenizer_folder, data, grid, cached, tmp_path):
+def test_a_batch_without_pictures_still_reaches_every_trainable_parameter(
+    tokenizer_folder, data, grid, cached, tmp_path
+):
     """Otherwise a rank with text only leaves out a collective and the others wait forever."""
     model, processor = build(tokenizer_folder, grid)
     set_trainable(model, ["encoder", "connector", "llm"] if not cached else ["connector", "llm"])
@@ -274,7 +343,9 @@ def test_only_the_parts_named_learn_and_the_encoder_keeps_every_bit(tokenizer_fo
     assert changed == set(dict(groups["connector"]))
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.model.vision_tower.state_dict().items())
     counts = set_trainable(model, ["encoder", "llm"])
-    assert counts["connector"] == 0 and sum(counts.values()) + sum(before[n].numel() for n in changed) == sum(t.numel() for t in before.values())
+    assert counts["connector"] == 0 and sum(counts.values()) + sum(before[n].numel() for n in changed) == sum(
+        t.numel() for t in before.values()
+    )
 
 
 @pytest.mark.parametrize("parts,message", [(["llm", "vision"], "vision"), ([], "empty")])
@@ -323,7 +394,9 @@ for folder in sys.argv[2:]:
             padded.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = padded
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
-        inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
         out = model.generate(**inputs, max_new_tokens=12)
         answers[f"{folder} {name}"] = processor.decode(out[0, inputs["input_ids"].shape[1]:])
 print(json.dumps({"answers": answers, "ours": sorted(name for name in sys.modules if name.startswith("aimv2_vlm"))}))
@@ -344,7 +417,7 @@ def own_answers(model, processor, folder):
         extra = {} if tiling.single else {"image_sizes": torch.tensor([size])}
         pixel_values = views if tiling.single else views[None]
         out = model.generate(input_ids=torch.tensor([ids]), pixel_values=pixel_values, max_new_tokens=12, **extra)
-        answers[name] = processor.tokenizer.decode(out[0, len(ids):])
+        answers[name] = processor.tokenizer.decode(out[0, len(ids) :])
     return answers
 
 
@@ -362,8 +435,13 @@ def test_a_saved_assistant_answers_the_same_without_this_package(tokenizer_folde
     script = tmp_path / "stock.py"
     script.write_text(textwrap.dedent(STOCK))
     folders = list(dict.fromkeys(key.split()[0] for key in expected))
-    done = subprocess.run([sys.executable, str(script), str(data), *folders], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, str(script), str(data), *folders],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ours"] == [] and found["answers"] == expected and len(set(expected.values())) > 3
@@ -384,20 +462,26 @@ def test_a_decoder_without_reserved_tokens_grows_by_mean_rows(tmp_path, data):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "What", "?", "yes", ":", "USER", "ASSISTANT", "."])}
+    words = {
+        word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "What", "?", "yes", ":", "USER", "ASSISTANT", "."])
+    }
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     torch.manual_seed(0)
     llm = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=10))
     rows = llm.get_input_embeddings().weight.detach().clone()
-    with pytest.raises(UserError, match="learned as|prefix"):  # a word-level tokenizer cannot write answers back: refused before use
+    with pytest.raises(
+        UserError, match="learned as|prefix"
+    ):  # a word-level tokenizer cannot write answers back: refused before use
         build_assistant(make_encoder(), llm, tokenizer=tokenizer, image_mean=MEAN, image_std=STD, template="plain")
     from aimv2_vlm.models.assistant import _grow_embeddings
 
     _grow_embeddings(llm, 12)
     for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-        assert layer.weight.shape[0] == 64 and torch.allclose(layer.weight[10:], layer.weight[:10].mean(0).expand(54, -1))
+        assert layer.weight.shape[0] == 64 and torch.allclose(
+            layer.weight[10:], layer.weight[:10].mean(0).expand(54, -1)
+        )
     assert torch.equal(llm.get_input_embeddings().weight[:10], rows)
 
 
@@ -410,7 +494,9 @@ def test_a_given_decoder_is_used_as_it_is(tokenizer_folder, data, tmp_path):
     model, processor = build_assistant(make_encoder(), str(tmp_path), "2x2", image_mean=MEAN, image_std=STD)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model(input_ids=ids).logits, llm.eval()(input_ids=ids).logits)
-    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight and len(processor.tokenizer) == len(tokenizer)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight and len(processor.tokenizer) == len(
+        tokenizer
+    )
     model.save_pretrained(tmp_path / "out")
     again = type(model).from_pretrained(tmp_path / "out")
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -422,9 +508,13 @@ def test_picture_statistics_come_from_the_encoders_checkpoint(tokenizer_folder, 
     more = dict(tokenizer=str(tokenizer_folder), llm_config=LLAMA)
     with pytest.raises(UserError, match="image_mean"):
         build_assistant(str(tmp_path), **more)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+    )
     model, processor = build_assistant(str(tmp_path), **more)
-    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_processor.image_std) == [0.4, 0.5, 0.6]
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3] and list(
+        processor.image_processor.image_std
+    ) == [0.4, 0.5, 0.6]
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], tensor)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.captions import CaptionTokenizer, canonicalize, clean_caption, train_tokenizer
 
-WORDS = "a the red green blue small large circle square triangle digit seven on under picture of photo with and dog cat".split()
+WORDS = "a the red green blue small large circle square triangle digit seven on under picture of photo with and dog cat"
+WORDS = WORDS.split()
 TEXTS = [f"{WORDS[i % 20]} {WORDS[i * 7 % 21]} {WORDS[i * 3 % 19]}, number {i}" for i in range(400)]
 
 

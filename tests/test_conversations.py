@@ -12,13 +12,26 @@ from PIL import Image
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.conversations import (
-    IMAGE, REASONS, Conversation, ConversationSet, Rejection, Rows, Turn, check_bad_fraction, parse_row,
+    IMAGE,
+    REASONS,
+    Conversation,
+    ConversationSet,
+    Rejection,
+    Rows,
+    Turn,
+    check_bad_fraction,
+    parse_row,
 )
 
 
 def row(*values, image="a.png", **more):
     speakers = ["human", "gpt"] * len(values)
-    return {"id": "r", "image": image, "conversations": [{"from": s, "value": v} for s, v in zip(speakers, values)], **more}
+    return {
+        "id": "r",
+        "image": image,
+        "conversations": [{"from": s, "value": v} for s, v in zip(speakers, values)],
+        **more,
+    }
 
 
 BAD = [
@@ -37,14 +50,29 @@ BAD = [
     ("malformed_turn", row("q", 3)),
     ("malformed_turn", {"conversations": [{"value": "q"}, {"from": "gpt", "value": "a"}]}),
     ("unknown_speaker", {"conversations": [{"from": "bot", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-    ("system_turn_inside", {"conversations": [{"from": "human", "value": "q"}, {"from": "system", "value": "s"}, {"from": "gpt", "value": "a"}]}),
+    (
+        "system_turn_inside",
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "system", "value": "s"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+    ),
     ("invalid_text", row("q \ud83d", "a")),
     ("invalid_text", row("q", "\udc00a")),
     ("invalid_text", row("q", "a", image="\ud800.png")),
     ("first_turn_not_user", {"conversations": [{"from": "gpt", "value": "a"}]}),
     ("first_turn_not_user", {"conversations": [{"from": "system", "value": "s"}]}),
-    ("same_speaker_twice", {"conversations": [{"from": "human", "value": v} for v in "qr"] + [{"from": "gpt", "value": "a"}]}),
-    ("same_speaker_twice", {"conversations": [{"from": "human", "value": "q"}] + [{"from": "gpt", "value": v} for v in "ab"]}),
+    (
+        "same_speaker_twice",
+        {"conversations": [{"from": "human", "value": v} for v in "qr"] + [{"from": "gpt", "value": "a"}]},
+    ),
+    (
+        "same_speaker_twice",
+        {"conversations": [{"from": "human", "value": "q"}] + [{"from": "gpt", "value": v} for v in "ab"]},
+    ),
     ("last_turn_user", row("q", "a", "r")),
     ("last_turn_user", row("q")),
     ("empty_answer", row("q", "")),
@@ -72,10 +100,18 @@ def test_all_ways_to_say_that_there_is_no_image(image):
     assert parse_row(without, 0).images == ()
 
 
-@pytest.mark.parametrize("value,expected", [
-    (f"{IMAGE}\nWhat?", f"{IMAGE}\nWhat?"), (f"What?\n{IMAGE}", f"{IMAGE}\nWhat?"), (f"{IMAGE}What?", f"{IMAGE}\nWhat?"),
-    (f"What {IMAGE} is", f"{IMAGE}\nWhat  is"), ("What?", f"{IMAGE}\nWhat?"), (IMAGE, IMAGE), (f" {IMAGE}\n\n", IMAGE),
-])
+@pytest.mark.parametrize(
+    "value,expected",
+    [
+        (f"{IMAGE}\nWhat?", f"{IMAGE}\nWhat?"),
+        (f"What?\n{IMAGE}", f"{IMAGE}\nWhat?"),
+        (f"{IMAGE}What?", f"{IMAGE}\nWhat?"),
+        (f"What {IMAGE} is", f"{IMAGE}\nWhat  is"),
+        ("What?", f"{IMAGE}\nWhat?"),
+        (IMAGE, IMAGE),
+        (f" {IMAGE}\n\n", IMAGE),
+    ],
+)
 def test_a_single_image_moves_to_the_front(value, expected):
     assert parse_row(row(value, "a"), 0).turns[0].text == expected
 
@@ -88,24 +124,41 @@ def test_a_single_image_may_stand_in_a_later_turn():
 def test_several_images_keep_their_places():
     text = f"compare {IMAGE} and {IMAGE}."
     assert parse_row(row(text, "a", image=["a.png", "b.png"]), 0) == Conversation(
-        "r", ("a.png", "b.png"), (Turn("user", text), Turn("assistant", "a")))
+        "r", ("a.png", "b.png"), (Turn("user", text), Turn("assistant", "a"))
+    )
 
 
 def test_image_in_an_answer_or_system_turn_is_text():
-    turns = [{"role": "system", "content": f"s {IMAGE}"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": IMAGE}]
+    turns = [
+        {"role": "system", "content": f"s {IMAGE}"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": IMAGE},
+    ]
     parsed = parse_row({"id": 5, "conversations": turns}, 0)
     assert parsed == Conversation("5", (), (Turn("user", "q"), Turn("assistant", IMAGE)), f"s {IMAGE}")
 
 
 def test_ids_are_text_numbers_or_absent():
-    assert [parse_row({**row("q", "a"), "id": i}, 3).id for i in ("x", 0, 12, None, "", True)] == ["x", "0", "12"] + ["row 3"] * 3
+    assert [parse_row({**row("q", "a"), "id": i}, 3).id for i in ("x", 0, 12, None, "", True)] == ["x", "0", "12"] + [
+        "row 3"
+    ] * 3
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
     | st.sampled_from([IMAGE, "human", "gpt", "system", "a.png"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.sampled_from(["id", "image", "video", "conversations", "from", "value", "role", "content"]), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["id", "image", "video", "conversations", "from", "value", "role", "content"]),
+            inner,
+            max_size=5,
+        )
+    ),
     max_leaves=12,
 )
 
@@ -122,7 +175,7 @@ def test_any_json_is_a_conversation_or_a_named_rejection(value):
         assert all(t.text.strip() for t in verdict.turns)
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.fixture
@@ -139,13 +192,18 @@ def open_set(path, images="", take="all", **more):
 
 
 def good_rows(number):
-    return [{**row(f"question {i} naïve 漢字 \"quoted\" \\ [{{", f"answer {i}"), "id": i if i % 2 else f"text-{i}"} for i in range(number)]
+    return [
+        {**row(f'question {i} naïve 漢字 "quoted" \\ [{{', f"answer {i}"), "id": i if i % 2 else f"text-{i}"}
+        for i in range(number)
+    ]
 
 
 def write_both(folder, rows):
     (folder / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     (folder / "escaped.json").write_text(json.dumps(rows))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
     return [folder / name for name in ("rows.json", "escaped.json", "rows.jsonl")]
 
 
@@ -153,7 +211,11 @@ def test_lists_and_lines_give_the_same_rows_by_offset(tmp_path, pictures):
     rows = good_rows(25)
     for path in write_both(tmp_path, rows):
         conversations = open_set(path, pictures)
-        assert len(conversations) == 25 and [json.loads(Rows(path).read(i)) for i in (24, 0, 13)] == [rows[24], rows[0], rows[13]]
+        assert len(conversations) == 25 and [json.loads(Rows(path).read(i)) for i in (24, 0, 13)] == [
+            rows[24],
+            rows[0],
+            rows[13],
+        ]
         assert [c.id for c in map(conversations.__getitem__, range(25))] == [str(r["id"]) for r in rows]
         assert conversations.picture_paths(3) == [str(pictures / "a.png")]
         again = pickle.loads(pickle.dumps(conversations))
@@ -167,11 +229,18 @@ def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path, pictures):
 
 
 def test_bad_rows_of_every_kind_are_counted_and_named(tmp_path, pictures):
-    rows = [bad for _, bad in BAD] + [row("q", "a"), row("q", "a", image="lost.png"), row("q", "a", image="../../x\0.png")]
+    rows = [bad for _, bad in BAD] + [
+        row("q", "a"),
+        row("q", "a", image="lost.png"),
+        row("q", "a", image="../../x\0.png"),
+    ]
     lines = [json.dumps(r) for r in rows] + ['{"id": 1, "conversations": [', "\x00"]
     (tmp_path / "bad.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"id": "\xff"}\n')
     conversations = open_set(tmp_path / "bad.jsonl", pictures)
-    expected = {reason: sum(r == reason for r, _ in BAD) for reason, _ in BAD} | {"missing_picture": 2, "invalid_json": 3}
+    expected = {reason: sum(r == reason for r, _ in BAD) for reason, _ in BAD} | {
+        "missing_picture": 2,
+        "invalid_json": 3,
+    }
     report = conversations.report()
     assert report["rejected"] == expected and report["good"] == len(conversations) == 1
     assert report["rows"] == len(BAD) + 6 and set(report["rejected"]) == set(REASONS[1:])
@@ -208,7 +277,9 @@ def test_the_index_goes_elsewhere_when_asked(tmp_path, pictures):
     assert len(os.listdir(tmp_path / "cache")) == 1 and not (tmp_path / "rows.json.rows").exists()
 
 
-@pytest.mark.parametrize("take,count", [("all", 20), ("first:7", 7), ("random:7", 7), ("50%", 10), ("12.5%", 2), ("100%", 20)])
+@pytest.mark.parametrize(
+    "take,count", [("all", 20), ("first:7", 7), ("random:7", 7), ("50%", 10), ("12.5%", 2), ("100%", 20)]
+)
 def test_shares_of_a_source(tmp_path, pictures, take, count):
     path = write_both(tmp_path, good_rows(20))[0]
     ids = [open_set(path, pictures, take)[i].id for i in range(count)]
@@ -229,9 +300,17 @@ def test_sources_follow_each_other(tmp_path, pictures):
         conversations[5]
 
 
-@pytest.mark.parametrize("content,message", [
-    ("{}", "list"), ("", "list"), ("[{}", "complete"), ('[{"a": 1} {"b": 2}]', "byte"), ("[{,}]", "byte"), ("[" * 100_000, "byte"),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("{}", "list"),
+        ("", "list"),
+        ("[{}", "complete"),
+        ('[{"a": 1} {"b": 2}]', "byte"),
+        ("[{,}]", "byte"),
+        ("[" * 100_000, "byte"),
+    ],
+)
 def test_broken_lists_are_refused_with_the_place(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=f"x.json.*{message}"):

@@ -1,4 +1,4 @@
-"""The label laws, for every template: prompts are prefixes, answers are learned exactly, row text gives no special token."""
+"""The label laws, for every template: prompts are prefixes, answers are learned exactly, rows give no special token."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,17 +8,31 @@ from transformers import AutoTokenizer
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.chat import (
-    IGNORED, VICUNA_SYSTEM, ChatFormat, RowTooLong, TemplateError, build_processor, chat_template, prepare_tokenizer,
+    IGNORED,
+    VICUNA_SYSTEM,
+    ChatFormat,
+    RowTooLong,
+    TemplateError,
+    build_processor,
+    chat_template,
+    prepare_tokenizer,
     train_chat_tokenizer,
 )
 from aimv2_vlm.data.conversations import IMAGE, Conversation, Turn
 from aimv2_vlm.data.tiling import Tiling, image_processor
 
 TILING = Tiling((1, 1), 28, 14)  # 4 tokens a picture
-TEXTS = ["What is shown in the picture? Answer the question using a single word or phrase.", "a red circle, 19.5 % of 2048",
-         "USER: and ASSISTANT: are words\nof a template\n\n", "Ein Bild: naïve Größe, 漢字", "yes", "no"] * 20
+TEXTS = [
+    "What is shown in the picture? Answer the question using a single word or phrase.",
+    "a red circle, 19.5 % of 2048",
+    "USER: and ASSISTANT: are words\nof a template\n\n",
+    "Ein Bild: naïve Größe, 漢字",
+    "yes",
+    "no",
+] * 20
 CHATML = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 KINDS = ["llama3", "vicuna", "plain", "own"]
@@ -37,7 +51,9 @@ def make(folder, kind):
     """(format, stock processor); `own` is a ChatML decoder with a tokenizer that knows no pictures."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if kind == "own":
-        tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False
+        )
         tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHATML
     image_token = prepare_tokenizer(tokenizer)
     template = chat_template(kind, image_token, tokenizer.chat_template)
@@ -50,14 +66,28 @@ def formats(folders):
     return {kind: make(folder, kind) for kind, folder in folders.items()}
 
 
-SPECIAL = [IMAGE, "<|eot_id|>", "</s>", "<s>", "<|image|>", "<|begin_of_text|>", "<|im_end|>", "<pad>", "<unk>", "<|end_of_text|>"]
+SPECIAL = [
+    IMAGE,
+    "<|eot_id|>",
+    "</s>",
+    "<s>",
+    "<|image|>",
+    "<|begin_of_text|>",
+    "<|im_end|>",
+    "<pad>",
+    "<unk>",
+    "<|end_of_text|>",
+]
 # "▁" is how sentencepiece writes a space: it cannot be told from one.
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
 plain_text = st.lists(
     st.text(characters, max_size=4)
-    | st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "word", "Answer:", " 12", "'s", "\r\n"]), max_size=4,
+    | st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "word", "Answer:", " 12", "'s", "\r\n"]),
+    max_size=4,
 ).map("".join)
-wild_text = st.lists(st.text(characters, max_size=3) | st.sampled_from([*SPECIAL, "\n", " ", "word"]), max_size=5).map("".join)
+wild_text = st.lists(st.text(characters, max_size=3) | st.sampled_from([*SPECIAL, "\n", " ", "word"]), max_size=5).map(
+    "".join
+)
 
 
 def is_plain(text):
@@ -80,7 +110,9 @@ def conversations(draw, text):
 
 def messages(conversation, number_of_turns):
     """What a user of plain transformers writes."""
-    out = [{"role": "system", "content": [{"type": "text", "text": conversation.system}]}] if conversation.system else []
+    out = (
+        [{"role": "system", "content": [{"type": "text", "text": conversation.system}]}] if conversation.system else []
+    )
     picture = Image.new("RGB", (30, 20))
     for turn in conversation.turns[:number_of_turns]:
         content = []
@@ -93,8 +125,11 @@ def messages(conversation, number_of_turns):
 
 def spans(labels):
     """[start, end) of every run of supervised tokens; runs of two answers never touch."""
-    edges = [i for i in range(len(labels) + 1)
-             if (i < len(labels) and labels[i] != IGNORED) != (0 < i and labels[i - 1] != IGNORED)]
+    edges = [
+        i
+        for i in range(len(labels) + 1)
+        if (i < len(labels) and labels[i] != IGNORED) != (0 < i and labels[i - 1] != IGNORED)
+    ]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -124,12 +159,19 @@ def test_answers_are_learned_exactly_and_rows_give_no_special_token(formats, kin
     chat, _ = formats[kind]
     row = chat.assemble(conversation, [4] * len(conversation.images))
     answers = [turn.text.strip() for turn in conversation.turns[1::2]]
-    assert [decode(chat, row.ids[a:b]) for a, b in spans(row.labels)] == [a + decode(chat, chat.end_ids) for a in answers]
+    assert [decode(chat, row.ids[a:b]) for a, b in spans(row.labels)] == [
+        a + decode(chat, chat.end_ids) for a in answers
+    ]
     assert all(label in (IGNORED, token) for token, label in zip(row.ids, row.labels, strict=True))
 
-    harmless = [Turn(t.role, IMAGE.join("x" for _ in t.text.split(IMAGE)) if t.role == "user" else "x") for t in conversation.turns]
-    same = chat.assemble(Conversation("row", conversation.images, tuple(harmless), conversation.system and "x"),
-                         [4] * len(conversation.images))
+    harmless = [
+        Turn(t.role, IMAGE.join("x" for _ in t.text.split(IMAGE)) if t.role == "user" else "x")
+        for t in conversation.turns
+    ]
+    same = chat.assemble(
+        Conversation("row", conversation.images, tuple(harmless), conversation.system and "x"),
+        [4] * len(conversation.images),
+    )
     assert [i for i in row.ids if i in chat.special_ids] == [i for i in same.ids if i in chat.special_ids]
 
 
@@ -141,20 +183,27 @@ def test_own_prompts_are_prefixes_too(formats, kind, conversation):
     chat, _ = formats[kind]
     row = chat.assemble(conversation, [4] * len(conversation.images))
     for number, (start, _) in enumerate(spans(row.labels)):
-        turns = conversation.turns[:2 * number + 1]
+        turns = conversation.turns[: 2 * number + 1]
         counts = [4] * sum(turn.text.count(IMAGE) for turn in turns[::2])
         assert chat.prompt_ids(turns, counts, conversation.system) == row.ids[:start]
 
 
 def test_text_of_each_template(formats):
-    row = Conversation("row", ("a",), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", " yes\n"), Turn("user", "And?"), Turn("assistant", "no")))
+    row = Conversation(
+        "row",
+        ("a",),
+        (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", " yes\n"), Turn("user", "And?"), Turn("assistant", "no")),
+    )
     shown = {kind: decode(chat, chat.assemble(row, [2]).ids) for kind, (chat, _) in formats.items()}
     assert shown["llama3"] == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|><|image|>\nWhat?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nno<|eot_id|>"
     )
-    assert shown["vicuna"] == f"<s>{VICUNA_SYSTEM} USER: <image><image>\nWhat? ASSISTANT: yes</s>USER: And? ASSISTANT: no</s>"
+    assert (
+        shown["vicuna"]
+        == f"<s>{VICUNA_SYSTEM} USER: <image><image>\nWhat? ASSISTANT: yes</s>USER: And? ASSISTANT: no</s>"
+    )
     assert shown["plain"] == "<|begin_of_text|><|image|><|image|>\nWhat?\nyes<|end_of_text|>And?\nno<|end_of_text|>"
     assert shown["own"] == (
         "<|im_start|>user\n<|image|><|image|>\nWhat?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
@@ -183,7 +232,9 @@ def test_stop_and_pad_tokens(formats, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_rows_lose_whole_turns_only(formats, kind):
     chat, _ = formats[kind]
-    turns = tuple(turn for n in range(3) for turn in (Turn("user", f"{IMAGE}\nquestion {n}"), Turn("assistant", f"answer {n}")))
+    turns = tuple(
+        turn for n in range(3) for turn in (Turn("user", f"{IMAGE}\nquestion {n}"), Turn("assistant", f"answer {n}"))
+    )
     row = Conversation("row", ("a", "b", "c"), turns)
     whole = chat.assemble(row, [20, 30, 40])
     ends = [end for _, end in spans(whole.labels)]
@@ -192,7 +243,11 @@ def test_long_rows_lose_whole_turns_only(formats, kind):
         cut = chat.assemble(row, [20, 30, 40], max_length=limit)
         kept = cut.num_images
         assert len(cut.ids) == max(end for end in ends if end <= limit) == ends[kept - 1]
-        assert cut.num_turns_cut == 6 - 2 * kept and cut.ids == whole.ids[:len(cut.ids)] and cut.labels == whole.labels[:len(cut.ids)]
+        assert (
+            cut.num_turns_cut == 6 - 2 * kept
+            and cut.ids == whole.ids[: len(cut.ids)]
+            and cut.labels == whole.labels[: len(cut.ids)]
+        )
         assert cut.ids.count(chat.image_token_id) == sum([20, 30, 40][:kept])
         lengths.add(len(cut.ids))
     assert lengths == set(ends)
@@ -210,7 +265,11 @@ def test_image_counts_must_fit(formats):
 
 def test_digits_are_single_tokens(formats):
     for chat, _ in formats.values():
-        words = [w for w in chat.tokenizer.convert_ids_to_tokens(chat.answer_ids("2048 and 19.5 of 1234567890")) if any(c.isdigit() for c in w)]
+        words = [
+            w
+            for w in chat.tokenizer.convert_ids_to_tokens(chat.answer_ids("2048 and 19.5 of 1234567890"))
+            if any(c.isdigit() for c in w)
+        ]
         assert words == list("2048195" + "1234567890")
 
 
@@ -232,11 +291,18 @@ def test_a_template_that_breaks_the_prefix_law_is_refused_by_name(folders):
         ChatFormat(tokenizer, chat_template("vicuna", "<|image|>"), "<|image|>")
 
 
-@pytest.mark.parametrize("template,message", [
-    ("{%- for m in messages -%}{{- m['role'] + ': ' + m['content'] + '\n' -}}{%- endfor -%}", "end|prefix"),
-    ("{{- messages | length | string -}}{%- for m in messages -%}{{- '<|eot_id|>' + m['content'] + '<|eot_id|>' -}}{%- endfor -%}"
-     "{%- if add_generation_prompt -%}{{- '<|eot_id|>' -}}{%- endif -%}", "prefix"),
-])
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("{%- for m in messages -%}{{- m['role'] + ': ' + m['content'] + '\n' -}}{%- endfor -%}", "end|prefix"),
+        (
+            "{{- messages | length | string -}}"
+            "{%- for m in messages -%}{{- '<|eot_id|>' + m['content'] + '<|eot_id|>' -}}{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|eot_id|>' -}}{%- endif -%}",
+            "prefix",
+        ),
+    ],
+)
 def test_other_unfit_templates_are_refused(folders, template, message):
     tokenizer = AutoTokenizer.from_pretrained(folders["plain"])
     with pytest.raises(TemplateError, match=message):
@@ -257,14 +323,18 @@ def test_reserved_tokens_are_used_where_a_decoder_has_some(folders):
     base = AutoTokenizer.from_pretrained(folders["vicuna"])
 
     def bare(extra, **names):
-        state = base.backend_tokenizer.from_str(base.backend_tokenizer.to_str().replace('"<pad>"', '"<x>"').replace('"<image>"', '"<y>"'))
+        state = base.backend_tokenizer.from_str(
+            base.backend_tokenizer.to_str().replace('"<pad>"', '"<x>"').replace('"<image>"', '"<y>"')
+        )
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=state, bos_token="<s>", eos_token="</s>", **names)
         tokenizer.add_special_tokens({"extra_special_tokens": extra})
         return tokenizer
 
     llama = bare([f"<|reserved_special_token_{i}|>" for i in range(4)])
     before = len(llama)
-    assert prepare_tokenizer(llama) == "<|reserved_special_token_0|>" and llama.pad_token == "<|reserved_special_token_1|>"
+    assert (
+        prepare_tokenizer(llama) == "<|reserved_special_token_0|>" and llama.pad_token == "<|reserved_special_token_1|>"
+    )
     assert len(llama) == before
 
     other = bare([], pad_token="</s>")

@@ -126,7 +126,8 @@ def test_order_is_pure():
     forward = [order.locate(position) for position in range(300)]
     copy = pickle.loads(pickle.dumps(Order(*arguments)))
     assert [copy.locate(position) for position in reversed(range(300))] == forward[::-1]
-    code = f"from aimv2_vlm.data.order import Order\no = Order(*{arguments!r})\nprint([tuple(o.locate(p)) for p in range(300)])"
+    code = f"from aimv2_vlm.data.order import Order\no = Order(*{arguments!r})\n"
+    code += "print([tuple(o.locate(p)) for p in range(300)])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert eval(output) == [tuple(place) for place in forward]
     assert forward != [Order(*arguments[:2], 43, 2).locate(position) for position in range(300)]

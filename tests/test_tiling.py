@@ -1,6 +1,6 @@
 """Token counts and pixels of every grid are the stock processor's and the stock model's."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor, LlavaProcessor
+from transformers import (
+    AutoImageProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.chat import train_chat_tokenizer
@@ -24,10 +30,15 @@ def tokenizer(tmp_path_factory):
     return train_chat_tokenizer(["a word"], tmp_path_factory.mktemp("tokenizer"), 300)
 
 
-@lru_cache(maxsize=None)
+@cache
 def stock_processor(tiling, tokenizer):
     kind = LlavaProcessor if tiling.single else LlavaNextProcessor
-    return kind(image_processor(tiling, MEAN, STD), tokenizer, patch_size=tiling.patch_size, vision_feature_select_strategy="full")
+    return kind(
+        image_processor(tiling, MEAN, STD),
+        tokenizer,
+        patch_size=tiling.patch_size,
+        vision_feature_select_strategy="full",
+    )
 
 
 @settings(max_examples=250, deadline=None)
@@ -42,12 +53,29 @@ def test_token_count_is_the_stock_processors(tokenizer, height, width, grid, pad
 @pytest.fixture(scope="module")
 def tiled_models():
     def model(grid, tile_size):
-        vision = dict(model_type="aimv2_vision_model", hidden_size=4, intermediate_size=4, num_hidden_layers=1,
-                      num_attention_heads=1, image_size=tile_size, patch_size=14, use_head=False)
-        text = dict(model_type="llama", hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
-                    num_key_value_heads=1, vocab_size=8)
+        vision = dict(
+            model_type="aimv2_vision_model",
+            hidden_size=4,
+            intermediate_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=tile_size,
+            patch_size=14,
+            use_head=False,
+        )
+        text = dict(
+            model_type="llama",
+            hidden_size=4,
+            intermediate_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vocab_size=8,
+        )
         pinpoints = [[grid[0] * tile_size, grid[1] * tile_size]]
-        return LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints)).model
+        return LlavaNextForConditionalGeneration(
+            LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints)
+        ).model
 
     return {(grid, size): model(grid, size) for grid in GRIDS[1:] for size in (56, 336)}
 
@@ -67,11 +95,17 @@ def test_counts_that_the_paper_and_llava_next_give():
     assert Tiling((1, 1)).num_image_tokens(123, 999) == 576
     assert Tiling((2, 2)).num_image_tokens(700, 700) == 2928
     assert Tiling((3, 3)).num_image_tokens(700, 700) == 5832
-    assert Tiling((2, 2), pad_square=False).num_image_tokens(1280, 480) < Tiling((2, 2)).num_image_tokens(1280, 480) == 2928
+    assert (
+        Tiling((2, 2), pad_square=False).num_image_tokens(1280, 480)
+        < Tiling((2, 2)).num_image_tokens(1280, 480)
+        == 2928
+    )
 
 
 def picture(height, width, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(2, 0, 1)
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(
+        2, 0, 1
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -80,7 +114,10 @@ def test_pixels_are_the_stock_processors(grid, height, width):
     """On any picture without pad_square and with one view; with tiles after padding by hand, as documented."""
     pixels = picture(height, width)
     by_hand = Image.new("RGB", (max(height, width),) * 2, tuple(int(255 * m) for m in MEAN))
-    by_hand.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), ((max(height, width) - width) // 2, (max(height, width) - height) // 2))
+    by_hand.paste(
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()),
+        ((max(height, width) - width) // 2, (max(height, width) - height) // 2),
+    )
     for pad_square in (False, True):
         tiling = Tiling(grid, 56, 14, pad_square)
         stock = image_processor(tiling, MEAN, STD)
@@ -97,8 +134,10 @@ def test_square_pictures_need_no_padding_so_stock_users_see_the_training_pixels(
     pixels = picture(90, 90)
     for grid in GRIDS:
         padded, plain = (Tiling(grid, 56, 14, pad_square) for pad_square in (True, False))
-        assert torch.equal(picture_views(pixels, padded, image_processor(padded, MEAN, STD))[0],
-                           picture_views(pixels, plain, image_processor(plain, MEAN, STD))[0])
+        assert torch.equal(
+            picture_views(pixels, padded, image_processor(padded, MEAN, STD))[0],
+            picture_views(pixels, plain, image_processor(plain, MEAN, STD))[0],
+        )
 
 
 def test_nothing_is_cropped_away():
@@ -106,7 +145,9 @@ def test_nothing_is_cropped_away():
     pixels = torch.full((3, 60, 600), 255, dtype=torch.uint8)
     pixels[:, :, :60] = 0
     pixels[:, :, -60:] = 0
-    views, _ = picture_views(pixels, Tiling((1, 1), 56, 14), image_processor(Tiling((1, 1), 56, 14), [0.0] * 3, [1.0] * 3))
+    views, _ = picture_views(
+        pixels, Tiling((1, 1), 56, 14), image_processor(Tiling((1, 1), 56, 14), [0.0] * 3, [1.0] * 3)
+    )
     row = views[0, 0, 28]
     assert row[1] < 0.2 and row[-2] < 0.2 and row[28] > 0.8
 
@@ -144,7 +185,7 @@ def test_boxes_tell_which_view_shows_a_spot(grid, pad_square, height, width):
     assert len(boxes) == tiling.num_views
     for y, x in [(20, 24), (height - 30, 25), (height // 3, width - 20), (height - 22, width - 24)]:
         pixels = torch.zeros(3, height, width, dtype=torch.uint8)
-        pixels[:, y - 8:y + 8, x - 8:x + 8] = 255
+        pixels[:, y - 8 : y + 8, x - 8 : x + 8] = 255
         views, _ = picture_views(pixels, tiling, stock)
         for view, box in zip(views, boxes, strict=True):
             left, top, right, bottom = box.box
@@ -154,11 +195,15 @@ def test_boxes_tell_which_view_shows_a_spot(grid, pad_square, height, width):
 
 
 def test_a_saved_processor_tells_its_tiling(tokenizer, tmp_path):
-    for number, tiling in enumerate([Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True)]):
+    for number, tiling in enumerate(
+        [Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True)]
+    ):
         stock_processor(tiling, tokenizer).save_pretrained(tmp_path / str(number))
         kind = LlavaProcessor if tiling.single else LlavaNextProcessor
         assert Tiling.from_processor(kind.from_pretrained(tmp_path / str(number))) == tiling
-        assert type(AutoImageProcessor.from_pretrained(tmp_path / str(number))) is type(image_processor(tiling, MEAN, STD))
+        assert type(AutoImageProcessor.from_pretrained(tmp_path / str(number))) is type(
+            image_processor(tiling, MEAN, STD)
+        )
 
 
 def test_pictures_whose_tiles_vanish_are_known():

@@ -1,8 +1,9 @@
 """Chat templates, and token ids with labels assembled from conversations.
 
-Ids are assembled, never cut out of rendered text: the prompt's ids are what inference tokenises, the answer's are the stripped
-answer tokenised alone, then the template's end token. Laws (tests/test_labels.py): at every turn the prompt's ids are a prefix
-of the training ids; the supervised ids decode to exactly the stripped answer and the end; text of a row never gives a special id.
+Ids are assembled, never cut out of rendered text: the prompt's ids are what inference tokenises, the answer's are
+the stripped answer tokenised alone, then the template's end token. Laws (tests/test_labels.py): at every turn the
+prompt's ids are a prefix of the training ids; the supervised ids decode to exactly the stripped answer and the end;
+text of a row never gives a special id.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# Each template sees messages whose content is text; `_FLATTEN` in front of it makes that of content lists, with image tokens.
+# Each template sees messages whose content is text; `_FLATTEN` in front of it makes that of content lists, with image
+# tokens.
 _TEMPLATES = {
     "llama3": (
         "{{- bos_token -}}"
         "{%- for message in messages -%}"
-        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' -}}"
+        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
+        "{{- message['content'] + '<|eot_id|>' -}}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"
     ),
@@ -37,7 +40,8 @@ _TEMPLATES = {
         "{%- else -%}{{- '" + VICUNA_SYSTEM.replace("'", "\\'") + " ' -}}{%- endif -%}"
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] -}}"
-        "{%- elif message['role'] == 'assistant' -%}{{- ' ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}"
+        "{%- elif message['role'] == 'assistant' -%}{{- ' ASSISTANT: ' + message['content'] + eos_token -}}"
+        "{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
     ),
@@ -73,14 +77,17 @@ _FLATTEN = (
 
 
 def chat_template(kind: str, image_token: str, own: str | None = None) -> str:
-    """The Jinja template that ships with the processor. kind: llama3 | vicuna | plain | own (`own`: the decoder's template).
+    """The Jinja template that ships with the processor. kind: llama3 | vicuna | plain | own (then `own` is the
+    template).
 
-    It takes content as text (IMAGE in a user's text is the image) or as a list of {"type": "image"} and {"type": "text"};
-    text right behind the leading images starts on a new line. Raises UserError.
+    It takes content as text (IMAGE in a user's text is the image) or as a list of {"type": "image"} and {"type":
+    "text"}; text right behind the leading images starts on a new line. Raises UserError.
     """
     if kind == "own":
         if not isinstance(own, str):
-            raise UserError("llm.template: own, but the decoder's tokenizer has no chat template; name llama3, vicuna or plain")
+            raise UserError(
+                "llm.template: own, but the decoder's tokenizer has no chat template; name llama3, vicuna or plain"
+            )
         body = own
     elif kind in _TEMPLATES:
         body = _TEMPLATES[kind]
@@ -127,25 +134,34 @@ class ChatFormat:
         self.end_ids = self._find_end()
         self._answer_encoder = self._choose_answer_encoder()
         stops = {self.end_ids[-1]} | {i for i in (tokenizer.eos_token_id,) if i is not None}
-        stops |= {i for t, i in zip(self._special, tokenizer.convert_tokens_to_ids(self._special))
-                  if t in ("<|eot_id|>", "<|end_of_text|>")}
+        stops |= {
+            i
+            for t, i in zip(self._special, tokenizer.convert_tokens_to_ids(self._special))
+            if t in ("<|eot_id|>", "<|end_of_text|>")
+        }
         self.stop_ids = sorted(stops)
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stops:
-            raise UserError(f"{self._name}: the pad token is {'missing' if tokenizer.pad_token_id is None else 'a stop token'}"
-                            "; call prepare_tokenizer first")
+            raise UserError(
+                f"{self._name}: the pad token is {'missing' if tokenizer.pad_token_id is None else 'a stop token'}"
+                "; call prepare_tokenizer first"
+            )
 
     def answer_ids(self, text: str) -> list[int]:
         """The stripped answer alone, special tokens split into ordinary ones; without the end."""
         return self._answer_encoder(text.strip())
 
-    def prompt_ids(self, turns: Sequence[Turn], num_image_tokens: Sequence[int], system: str | None = None) -> list[int]:
+    def prompt_ids(
+        self, turns: Sequence[Turn], num_image_tokens: Sequence[int], system: str | None = None
+    ) -> list[int]:
         """What inference tokenises for these turns (the last is the user's), each image token repeated."""
         ids, used = _repeat(self._prompt(turns, system), self.image_token_id, num_image_tokens)
         if used != len(num_image_tokens):
             raise ValueError(f"{used} image placeholders for {len(num_image_tokens)} images")
         return ids
 
-    def assemble(self, conversation: Conversation, num_image_tokens: Sequence[int], max_length: int | None = None) -> Assembled:
+    def assemble(
+        self, conversation: Conversation, num_image_tokens: Sequence[int], max_length: int | None = None
+    ) -> Assembled:
         """Ids and labels of a conversation. num_image_tokens: tokens of each of its images.
 
         Rows over max_length lose whole turns at the end (never a part of an image). Raises RowTooLong, TemplateError.
@@ -157,10 +173,12 @@ class ChatFormat:
         raw: list[int] = []  # the same with every image as one token, to compare prompts by
         num_images = turns_kept = 0
         for last in range(0, len(conversation.turns), 2):
-            prompt = self._prompt(conversation.turns[:last + 1], conversation.system)
-            if prompt[:len(raw)] != raw:
-                raise TemplateError(f"{self._name}: the prompt of turn {last // 2 + 1} is not a prefix of the training ids")
-            shown, used = _repeat(prompt[len(raw):], self.image_token_id, num_image_tokens[num_images:])
+            prompt = self._prompt(conversation.turns[: last + 1], conversation.system)
+            if prompt[: len(raw)] != raw:
+                raise TemplateError(
+                    f"{self._name}: the prompt of turn {last // 2 + 1} is not a prefix of the training ids"
+                )
+            shown, used = _repeat(prompt[len(raw) :], self.image_token_id, num_image_tokens[num_images:])
             answer = self.answer_ids(conversation.turns[last + 1].text) + self.end_ids
             if max_length is not None and len(ids) + len(shown) + len(answer) > max_length:
                 break
@@ -170,7 +188,9 @@ class ChatFormat:
             num_images += used
             turns_kept = last + 2
         if not turns_kept:
-            raise RowTooLong(f"{len(shown) + len(answer)} tokens in the first question and answer, max_length is {max_length}")
+            raise RowTooLong(
+                f"{len(shown) + len(answer)} tokens in the first question and answer, max_length is {max_length}"
+            )
         return Assembled(ids, labels, num_images, len(conversation.turns) - turns_kept)
 
     # ----------------------------------------------------------------------------------------------------------- inside
@@ -210,8 +230,11 @@ class ChatFormat:
         """Two functions: replace special tokens by private characters that the text does not hold, and back."""
         if not self._split.search(text):
             return (lambda s: s), (lambda s: s)
-        start = next(start for start in range(0xF0000, 0x10F000, 0x1000)
-                     if not any(start <= ord(c) < start + len(self._special) for c in text))
+        start = next(
+            start
+            for start in range(0xF0000, 0x10F000, 0x1000)
+            if not any(start <= ord(c) < start + len(self._special) for c in text)
+        )
         to_mask = {token: chr(start + i) for i, token in enumerate(self._special)}
         to_token = {ord(mask): token for token, mask in to_mask.items()}
         return (lambda s: self._split.sub(lambda m: to_mask[m[0]], s)), (lambda s: s.translate(to_token))
@@ -223,20 +246,32 @@ class ChatFormat:
         whole = self._encode([question, Turn("assistant", probe)], None, add_generation_prompt=False)
         for encode in (self._first, self._later):
             answer = encode(probe)
-            if whole[:len(prompt) + len(answer)] == prompt + answer:
-                tail = whole[len(prompt) + len(answer):]
+            if whole[: len(prompt) + len(answer)] == prompt + answer:
+                tail = whole[len(prompt) + len(answer) :]
                 stop = next((i for i, token in enumerate(tail) if token in self.special_ids), None)
                 if stop is None:
                     raise TemplateError(f"{self._name}: no special token follows an answer, so nothing could end one")
-                return tail[:stop + 1]
-        raise TemplateError(f"{self._name}: prompt and answer tokenised apart are not a prefix of the two together; "
-                            "this template does not suit this tokenizer")
+                return tail[: stop + 1]
+        raise TemplateError(
+            f"{self._name}: prompt and answer tokenised apart are not a prefix of the two together; "
+            "this template does not suit this tokenizer"
+        )
 
     def _choose_answer_encoder(self):
-        """Tokenise answers as the beginning of a text or as its continuation: whichever keeps the prefix law on probes."""
+        """Tokenise answers as a text's beginning or as its continuation: whichever keeps the prefix law on probes."""
         probes = [
-            [Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "a cat, 12."), Turn("user", "And now?"), Turn("assistant", "No")],
-            [Turn("user", "Say it."), Turn("assistant", "19.5%"), Turn("user", "Again"), Turn("assistant", "(b) Yes\nno")],
+            [
+                Turn("user", f"{IMAGE}\nWhat?"),
+                Turn("assistant", "a cat, 12."),
+                Turn("user", "And now?"),
+                Turn("assistant", "No"),
+            ],
+            [
+                Turn("user", "Say it."),
+                Turn("assistant", "19.5%"),
+                Turn("user", "Again"),
+                Turn("assistant", "(b) Yes\nno"),
+            ],
         ]
         failures = []
         for encode in (self._first, self._later):
@@ -271,7 +306,8 @@ def _repeat(ids: list[int], image_token_id: int, counts: Sequence[int]) -> tuple
 
 
 def _plain_encoders(tokenizer):
-    """Two functions text -> ids that know no special token: for the beginning of a text, and for what follows a special token.
+    """Two functions text -> ids that know no special token: for a text's beginning, and for what follows a special
+    token.
 
     They differ where the tokenizer puts a space in front of a text's beginning only (sentencepiece).
     """
@@ -298,14 +334,14 @@ def _flat_steps(step: dict | None) -> list[dict]:
     return [s for inner in step["pretokenizers"] for s in _flat_steps(inner)] if step["type"] == "Sequence" else [step]
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# ---------------------------------------------------------------------------------------------------------- tokenizers
 
 
 def prepare_tokenizer(tokenizer) -> str:
     """Give a decoder's tokenizer an image token and a pad token that ends nothing; return the image token.
 
-    Reserved tokens are used where there are some (Llama 3: nothing is resized); elsewhere `<image>` and `<pad>` are added, and
-    the model's embeddings must grow (`build_assistant` does it).
+    Reserved tokens are used where there are some (Llama 3: nothing is resized); elsewhere `<image>` and `<pad>` are
+    added, and the model's embeddings must grow (`build_assistant` does it).
     """
     special = {t.content: i for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special}
     reserved = [t for t in special if re.fullmatch(r"<\|reserved_special_token_\d+\|>", t)]
@@ -313,7 +349,9 @@ def prepare_tokenizer(tokenizer) -> str:
 
     image_token = getattr(tokenizer, "image_token", None)
     if image_token is None:
-        image_token = next((t for t in ("<|image|>", IMAGE) if t in special), None) or (reserved.pop(0) if reserved else IMAGE)
+        image_token = next((t for t in ("<|image|>", IMAGE) if t in special), None) or (
+            reserved.pop(0) if reserved else IMAGE
+        )
     pad = tokenizer.pad_token
     if pad is None or pad in stops or (reserved and tokenizer.pad_token_id == 0):
         padding = "<|finetune_right_pad_id|>"
@@ -325,8 +363,15 @@ def prepare_tokenizer(tokenizer) -> str:
     return image_token
 
 
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                  "<|finetune_right_pad_id|>", "<|image|>"]
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+    "<|image|>",
+]
 _WORDS = (  # Llama 3's pre-tokenisation, with digits one by one: a number read wrongly is then wrong in one place
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -335,7 +380,8 @@ _WORDS = (  # Llama 3's pre-tokenisation, with digits one by one: a number read 
 def train_chat_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int, template: str = "llama3"):
     """Train and save a small stock fast tokenizer with its chat template; the same texts give the same files.
 
-    llama3 and plain: byte-level BPE, Llama 3's special tokens. vicuna: BPE with byte fallback as in Llama 2. Returns it.
+    llama3 and plain: byte-level BPE, Llama 3's special tokens. vicuna: BPE with byte fallback as in Llama 2.
+    Returns it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -345,11 +391,18 @@ def train_chat_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: 
         names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
     else:
         backend, image_token = _train_llama3(texts, vocab_size), "<|image|>"
-        names = dict(bos_token="<|begin_of_text|>", pad_token="<|finetune_right_pad_id|>",
-                     eos_token="<|eot_id|>" if template == "llama3" else "<|end_of_text|>")
+        names = dict(
+            bos_token="<|begin_of_text|>",
+            pad_token="<|finetune_right_pad_id|>",
+            eos_token="<|eot_id|>" if template == "llama3" else "<|end_of_text|>",
+        )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, padding_side="left",
-        model_input_names=["input_ids", "attention_mask"], extra_special_tokens={"image_token": image_token}, **names,
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        extra_special_tokens={"image_token": image_token},
+        **names,
     )
     tokenizer.chat_template = chat_template(template, image_token)
     tokenizer.save_pretrained(out_dir)
@@ -360,10 +413,12 @@ def _train_llama3(texts: Iterable[str], vocab_size: int):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     num_learned = vocab_size - len(LLAMA3_SPECIAL)
     _check_vocab_size(num_learned, 256, vocab_size)
@@ -382,15 +437,21 @@ def _train_llama2(texts: Iterable[str], vocab_size: int):
     extra = ["<pad>", IMAGE]
     ascii_ = ["▁", "\n", *map(chr, range(33, 127))]
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("\n", behavior="isolated"),
-        pre_tokenizers.Digits(individual_digits=True),
-    ])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
     num_learned = vocab_size - len(extra)
     _check_vocab_size(num_learned, 256 + len(special) + len(ascii_), vocab_size)
     trainer = trainers.BpeTrainer(
-        vocab_size=num_learned, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False,
-        initial_alphabet=ascii_, limit_alphabet=max(len(ascii_), (num_learned - 256) // 2),
+        vocab_size=num_learned,
+        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+        show_progress=False,
+        initial_alphabet=ascii_,
+        limit_alphabet=max(len(ascii_), (num_learned - 256) // 2),
     )
     backend.train_from_iterator(texts, trainer)
     # The byte tokens were "special" for the trainer only, which keeps those in the vocabulary unconditionally.
@@ -398,19 +459,26 @@ def _train_llama2(texts: Iterable[str], vocab_size: int):
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
     backend = Tokenizer.from_str(json.dumps(state))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1),
-    ])
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in extra])
     return backend
 
 
 def _check_vocab_size(num_learned: int, least: int, vocab_size: int) -> None:
     if num_learned < least:
-        raise UserError(f"llm.vocab_size: {vocab_size} is too small, bytes and special tokens alone take {least} and a few")
+        raise UserError(
+            f"llm.vocab_size: {vocab_size} is too small, bytes and special tokens alone take {least} and a few"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- processor
+# ----------------------------------------------------------------------------------------------------------- processor
 
 
 def build_processor(tokenizer, image_processor, patch_size: int, template: str, image_token: str):
@@ -419,5 +487,12 @@ def build_processor(tokenizer, image_processor, patch_size: int, template: str, 
 
     kind = LlavaNextProcessor if hasattr(image_processor, "image_grid_pinpoints") else LlavaProcessor
     tokenizer.chat_template = template
-    return kind(image_processor=image_processor, tokenizer=tokenizer, patch_size=patch_size, chat_template=template,
-                vision_feature_select_strategy="full", num_additional_image_tokens=0, image_token=image_token)
+    return kind(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        chat_template=template,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        image_token=image_token,
+    )

@@ -1,4 +1,4 @@
-"""Instruction batches: rows with their pictures as views or cached features, padded micro-batches whose cut changes nothing.
+"""Instruction batches: rows with pictures as views or cached features, in micro-batches whose cut changes nothing.
 
 Shapes: B rows, S tokens, K views of all pictures of a batch, N patches of a view, D width.
 """
@@ -27,11 +27,13 @@ CACHE_VERSION = 1
 
 @dataclass
 class Row:
-    """One conversation ready for a batch. A bad row has weight 0, one pad token, no picture, and the reason in `bad`."""
+    """One conversation ready for a batch. A bad row: weight 0, one pad token, no picture, the reason in `bad`."""
 
     input_ids: list[int]
     labels: list[int]
-    pictures: list[torch.Tensor] = field(default_factory=list)  # (views, 3, tile, tile) pixels or (views, N, D) features each
+    pictures: list[torch.Tensor] = field(
+        default_factory=list
+    )  # (views, 3, tile, tile) pixels or (views, N, D) features each
     image_sizes: list[list[int]] = field(default_factory=list)  # (height, width) as LlavaNext means them
     weight: float = 1.0
     num_turns_cut: int = 0
@@ -41,12 +43,19 @@ class Row:
 class InstructionDataset:
     """Rows of conversations as ids, labels and pictures. `features`: a FeatureCache, or None to deliver pixels.
 
-    What only decoding shows (a broken picture, a row too long) keeps its position: `fetch` gives a row of weight 0 with the
-    reason. max_length: tokens of a row; longer ones lose turns at the end.
+    What only decoding shows (a broken picture, a row too long) keeps its position: `fetch` gives a row of weight 0
+    with the reason. max_length: tokens of a row; longer ones lose turns at the end.
     """
 
-    def __init__(self, conversations: ConversationSet, chat: ChatFormat, tiling: Tiling, image_processor,
-                 features: FeatureCache | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        conversations: ConversationSet,
+        chat: ChatFormat,
+        tiling: Tiling,
+        image_processor,
+        features: FeatureCache | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self.conversations, self.chat, self.tiling, self.image_processor = conversations, chat, tiling, image_processor
         self.features, self.max_length = features, max_length
 
@@ -66,30 +75,38 @@ class InstructionDataset:
             return self._bad(index, f"too_long: {error}")
         except TemplateError as error:
             return self._bad(index, f"prefix_law: {error}")
-        kept = pictures[:assembled.num_images]
-        return Row(assembled.ids, assembled.labels, [views for views, _, _ in kept], [list(size) for _, _, size in kept],
-                   num_turns_cut=assembled.num_turns_cut)
+        kept = pictures[: assembled.num_images]
+        return Row(
+            assembled.ids,
+            assembled.labels,
+            [views for views, _, _ in kept],
+            [list(size) for _, _, size in kept],
+            num_turns_cut=assembled.num_turns_cut,
+        )
 
     def microbatches(self, indices: Sequence[int], rows_per_microbatch: int) -> list[dict[str, Any]]:
         """Padded batches (`collate`) of these rows, rows of like length together; a pure function of the rows."""
         rows = [self.fetch(index) for index in indices]
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
         cuts = range(0, len(order), rows_per_microbatch)
-        return [self.collate([rows[i] for i in order[cut:cut + rows_per_microbatch]]) for cut in cuts]
+        return [self.collate([rows[i] for i in order[cut : cut + rows_per_microbatch]]) for cut in cuts]
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The arguments of `AssistantForTraining.forward`, padded on the right, and `bad`: the reasons of rows of weight 0."""
+        """`AssistantForTraining.forward`'s arguments, padded on the right, and `bad`: the reasons of rows of weight
+        0."""
         length = max(len(row.input_ids) for row in rows)
         pad = self.chat.tokenizer.pad_token_id
         pictures = [views for row in rows for views in row.pictures]
         return {
             "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]),
             "attention_mask": torch.tensor(
-                [[1] * len(row.input_ids) + [0] * (length - len(row.input_ids)) for row in rows]),
+                [[1] * len(row.input_ids) + [0] * (length - len(row.input_ids)) for row in rows]
+            ),
             "labels": torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in rows]),
             "weights": torch.tensor([row.weight for row in rows]),
-            "features" if self.features is not None else "pixel_values":
-                torch.cat(pictures) if pictures else self._no_pictures(),
+            "features" if self.features is not None else "pixel_values": torch.cat(pictures)
+            if pictures
+            else self._no_pictures(),
             "image_sizes": [size for row in rows for size in row.image_sizes],
             "views_per_image": [len(views) for views in pictures],
             "bad": [row.bad for row in rows if row.bad is not None],
@@ -122,17 +139,20 @@ def read_views(path: str, tiling: Tiling, image_processor) -> tuple[torch.Tensor
         raise BadImage(f"{path}: {error}") from None
     size = tuple(picture_CHW.shape[-2:])
     if not tiling.shows_something(*size):
-        raise BadImage(f"{path}: {size[0]}x{size[1]} is so thin that no token of its tiles is kept; set tiling.pad_square")
+        raise BadImage(
+            f"{path}: {size[0]}x{size[1]} is so thin that no token of its tiles is kept; set tiling.pad_square"
+        )
     views, processed = picture_views(picture_CHW, tiling, image_processor)
     return views, size, processed
 
 
 class FeatureCache:
-    """Frozen encoder features of every distinct picture, computed once: `features.bin` (fp32, memory-mapped) and `cache.json`.
+    """Frozen encoder features of every distinct picture, computed once: `features.bin` (fp32, mapped) and `cache.json`.
 
-    The order and the composition of the encoder's batches are fixed by the picture list, so the file does not depend on how
-    often its making was interrupted. It counts as there only once `cache.json` is; another encoder, tiling, processor or
-    picture list has another digest and is computed anew. Pictures that cannot be decoded are remembered with the reason.
+    The order and the composition of the encoder's batches are fixed by the picture list, so the file does not
+    depend on how often its making was interrupted. It counts as there only once `cache.json` is; another encoder,
+    tiling, processor or picture list has another digest and is computed anew. Pictures that cannot be decoded are
+    remembered with the reason.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
@@ -146,13 +166,22 @@ class FeatureCache:
         self._features = np.memmap(self.directory / "features.bin", np.float32, "r", shape=shape) if shape[0] else None
 
     @classmethod
-    def open(cls, directory: str | os.PathLike, conversations: ConversationSet, tiling: Tiling, image_processor,
-             encode: Callable[[torch.Tensor], torch.Tensor], encoder_state: dict[str, torch.Tensor], batch_size: int = 64,
-             progress: Callable[[int, int], None] | None = None) -> FeatureCache:
+    def open(
+        cls,
+        directory: str | os.PathLike,
+        conversations: ConversationSet,
+        tiling: Tiling,
+        image_processor,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        encoder_state: dict[str, torch.Tensor],
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FeatureCache:
         """The cache in `directory`, made when it is not there or was made for something else.
 
-        encode: pixels (K, 3, tile, tile) -> features (K, N, D), e.g. `encode_views` of the model. encoder_state: its weights,
-        for the digest. batch_size: views of one encoder pass. progress: called with (pictures done, all).
+        encode: pixels (K, 3, tile, tile) -> features (K, N, D), e.g. `encode_views` of the model. encoder_state:
+        its weights, for the digest. batch_size: views of one encoder pass. progress: called with (pictures done,
+        all).
         """
         directory = Path(directory)
         paths = distinct_pictures(conversations)
@@ -176,7 +205,11 @@ class FeatureCache:
         entry = self._entries[path]
         if entry["bad"] is not None:
             raise BadImage(entry["bad"])
-        return torch.from_numpy(np.array(self._features[entry["place"]])), tuple(entry["size"]), tuple(entry["processed"])
+        return (
+            torch.from_numpy(np.array(self._features[entry["place"]])),
+            tuple(entry["size"]),
+            tuple(entry["processed"]),
+        )
 
     @property
     def bad(self) -> dict[str, str]:
@@ -192,7 +225,9 @@ class FeatureCache:
 
 def distinct_pictures(conversations: ConversationSet) -> list[str]:
     """Files of all pictures, each once, in the order of their first row."""
-    return list(dict.fromkeys(path for index in range(len(conversations)) for path in conversations.picture_paths(index)))
+    return list(
+        dict.fromkeys(path for index in range(len(conversations)) for path in conversations.picture_paths(index))
+    )
 
 
 def _digest(paths: list[str], tiling: Tiling, image_processor, encoder_state: dict[str, torch.Tensor]) -> str:
@@ -209,8 +244,16 @@ def _digest(paths: list[str], tiling: Tiling, image_processor, encoder_state: di
     return digest.hexdigest()
 
 
-def _build(directory: Path, digest: str, paths: list[str], tiling: Tiling, image_processor,
-           encode: Callable[[torch.Tensor], torch.Tensor], batch_size: int, progress: Callable[[int, int], None] | None) -> None:
+def _build(
+    directory: Path,
+    digest: str,
+    paths: list[str],
+    tiling: Tiling,
+    image_processor,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cache.json").unlink(missing_ok=True)
     temporary = directory / "features.bin.tmp"
@@ -221,8 +264,14 @@ def _build(directory: Path, digest: str, paths: list[str], tiling: Tiling, image
         with open(temporary, "wb") as file:
             for start in range(0, len(paths), pictures_per_batch):
                 views = []
-                for path in paths[start:start + pictures_per_batch]:
-                    entry = {"path": path, "place": num_stored + len(views), "size": None, "processed": None, "bad": None}
+                for path in paths[start : start + pictures_per_batch]:
+                    entry = {
+                        "path": path,
+                        "place": num_stored + len(views),
+                        "size": None,
+                        "processed": None,
+                        "bad": None,
+                    }
                     try:
                         pixels, entry["size"], entry["processed"] = read_views(path, tiling, image_processor)
                         views.append(pixels)
@@ -241,10 +290,17 @@ def _build(directory: Path, digest: str, paths: list[str], tiling: Tiling, image
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{temporary}: the feature cache could not be written ({error.strerror}); "
-                        "set encoder.cache: off or free some space") from None
+        raise UserError(
+            f"{temporary}: the feature cache could not be written ({error.strerror}); "
+            "set encoder.cache: off or free some space"
+        ) from None
     os.replace(temporary, directory / "features.bin")
-    about = {"digest": digest, "num_stored": num_stored, "num_views": tiling.num_views, "view_shape": list(view_shape),
-             "pictures": entries}
+    about = {
+        "digest": digest,
+        "num_stored": num_stored,
+        "num_views": tiling.num_views,
+        "view_shape": list(view_shape),
+        "pictures": entries,
+    }
     (directory / "cache.json.tmp").write_text(json.dumps(about))
     os.replace(directory / "cache.json.tmp", directory / "cache.json")

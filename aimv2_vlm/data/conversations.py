@@ -1,7 +1,8 @@
 """LLaVA conversations (JSON list) and Cambrian's (JSONL): rows by offset, cleaned, or rejected under a named reason.
 
-A file of millions of rows is scanned once; row offsets and verdicts are kept beside it (`<file>.rows`), and rebuilt when the
-file's size or time changes. Rows are never read through a type-inferring reader: ids may be text or numbers in one file.
+A file of millions of rows is scanned once; row offsets and verdicts are kept beside it (`<file>.rows`), and rebuilt
+when the file's size or time changes. Rows are never read through a type-inferring reader: ids may be text or
+numbers in one file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,28 +27,28 @@ from aimv2_vlm.config import UserError
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NO_IMAGE = {"", "None", "none", "nan"}
-INDEX_VERSION = "1"
+INDEX_VERSION = 1
 
-# Verdict codes are positions in this list and are stored: append, never reorder (or raise INDEX_VERSION).
+# Verdicts are stored as positions in this list; other rules under the same names need another INDEX_VERSION.
 REASONS = [
     "good",
-    "invalid_json",               # the line is not JSON, or not UTF-8
-    "not_an_object",              # the row is no mapping
-    "invalid_text",               # half of a surrogate pair: no text in any encoding
-    "video",                      # rows with a video are for other tools
-    "bad_image_field",            # `image` is neither a name, a list of names, nor one of the ways to say none
-    "no_conversation",            # `conversations` is missing, empty or no list
-    "malformed_turn",             # a turn without {from, value} or {role, content}, or with a value that is no text
+    "invalid_json",  # the line is not JSON, or not UTF-8
+    "not_an_object",  # the row is no mapping
+    "invalid_text",  # half of a surrogate pair: no text in any encoding
+    "video",  # rows with a video are for other tools
+    "bad_image_field",  # `image` is neither a name, a list of names, nor one of the ways to say none
+    "no_conversation",  # `conversations` is missing, empty or no list
+    "malformed_turn",  # a turn without {from, value} or {role, content}, or with a value that is no text
     "unknown_speaker",
-    "system_turn_inside",         # a system turn anywhere but first
+    "system_turn_inside",  # a system turn anywhere but first
     "first_turn_not_user",
     "same_speaker_twice",
     "last_turn_user",
     "empty_answer",
     "placeholder_without_image",
-    "image_count_mismatch",       # the number of <image> is not the number of images
-    "missing_picture",            # no such file under the image folder
-    "empty_question",             # a user's turn without text and without image
+    "image_count_mismatch",  # the number of <image> is not the number of images
+    "missing_picture",  # no such file under the image folder
+    "empty_question",  # a user's turn without text and without image
 ]
 _CODE = {reason: code for code, reason in enumerate(REASONS)}
 
@@ -116,13 +118,13 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
         return reject("invalid_text")
     if not cleaned or cleaned[0].role != "user":
         return reject("first_turn_not_user")
-    if any(a.role == b.role for a, b in zip(cleaned, cleaned[1:])):
+    if any(a.role == b.role for a, b in pairwise(cleaned)):
         return reject("same_speaker_twice")
     if cleaned[-1].role == "user":
         return reject("last_turn_user")
     if any(turn.role == "assistant" and not turn.text.strip() for turn in cleaned):
         return reject("empty_answer")
-    if any(not turn.text.strip() for turn in cleaned[0 if not images else 2::2]):
+    if any(not turn.text.strip() for turn in cleaned[0 if not images else 2 :: 2]):
         return reject("empty_question")
 
     placeholders = sum(turn.text.count(IMAGE) for turn in cleaned if turn.role == "user")
@@ -196,19 +198,19 @@ def _list_spans(text: str, path: str) -> Iterator[tuple[int, int]]:
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
     position = 3 if text.startswith("\xef\xbb\xbf") else 0
     position = space.match(text, position).end()
-    if text[position:position + 1] != "[":
+    if text[position : position + 1] != "[":
         raise UserError(f"{path}: neither a JSON list ('[' expected) nor a .jsonl file")
     position = space.match(text, position + 1).end()
-    while text[position:position + 1] != "]":
+    while text[position : position + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}: broken JSON at byte {getattr(error, 'pos', position)}: {error}") from None
         yield position, end - position
         position = space.match(text, end).end()
-        if text[position:position + 1] == ",":
+        if text[position : position + 1] == ",":
             position = space.match(text, position + 1).end()
-        elif text[position:position + 1] != "]":
+        elif text[position : position + 1] != "]":
             raise UserError(f"{path}: broken JSON at byte {position}: ',' or ']' expected (is the file complete?)")
 
 
@@ -250,18 +252,30 @@ class _Source:
             counts[rejection.reason] += 1
             if counts[rejection.reason] <= 10:
                 examples.setdefault(rejection.reason, []).append(rejection.id)
-        return {"path": self.path, "images": self.root, "take": self.take, "rows": len(self.rows),
-                "good": int((self.verdicts == 0).sum()), "taken": len(self.taken),
-                "rejected": dict(counts), "rejected_ids": examples}
+        return {
+            "path": self.path,
+            "images": self.root,
+            "take": self.take,
+            "rows": len(self.rows),
+            "good": int((self.verdicts == 0).sum()),
+            "taken": len(self.taken),
+            "rejected": dict(counts),
+            "rejected_ids": examples,
+        }
 
 
 def _indexed(path: str, root: str, cache_dir: str | None) -> tuple[Rows, np.ndarray]:
-    """Rows and verdicts, from the stored index where it still fits the file. Only rows without a picture are looked at again."""
+    """Rows and verdicts, from the stored index where it fits the file; rows whose picture was missing are looked at
+    again."""
     from safetensors import SafetensorError, safe_open
 
     stat = os.stat(path)
-    key = {"version": INDEX_VERSION, "size": str(stat.st_size), "mtime": str(stat.st_mtime_ns),
-           "images": os.path.abspath(root) if root else ""}
+    key = {
+        "version": f"{INDEX_VERSION}: {' '.join(REASONS)}",
+        "size": str(stat.st_size),
+        "mtime": str(stat.st_mtime_ns),
+        "images": os.path.abspath(root) if root else "",
+    }
     place = _index_path(path, cache_dir)
     try:
         with safe_open(place, framework="np") as index:
@@ -349,7 +363,8 @@ class ConversationSet:
     """The usable conversations of all sources, one after another; everything is judged when it is opened.
 
     sources: objects with `.path`, `.images` (folder) and `.take`. seed: for `random:N` and `N%`. cache_dir: where row
-    indices go (default: beside each file). Pictures are only looked for here; one that cannot be decoded shows at fetch time.
+    indices go (default: beside each file). Pictures are only looked for here; one that cannot be decoded shows at
+    fetch time.
     """
 
     def __init__(self, sources: list[SourceLike], seed: int = 0, cache_dir: str | None = None) -> None:
@@ -390,8 +405,13 @@ class ConversationSet:
         rejected: Counter[str] = Counter()
         for source in sources:
             rejected.update(source["rejected"])
-        return {"rows": sum(s["rows"] for s in sources), "good": sum(s["good"] for s in sources), "taken": len(self),
-                "rejected": dict(rejected), "sources": sources}
+        return {
+            "rows": sum(s["rows"] for s in sources),
+            "good": sum(s["good"] for s in sources),
+            "taken": len(self),
+            "rejected": dict(rejected),
+            "sources": sources,
+        }
 
     def _locate(self, index: int) -> tuple[_Source, int]:
         if not 0 <= index < len(self):
@@ -407,5 +427,7 @@ def check_bad_fraction(report: dict, max_bad_fraction: float, at_least: int = 10
     if report["rows"] >= at_least and bad > max_bad_fraction * report["rows"]:
         worst = ", ".join(f"{reason} {count}" for reason, count in Counter(report["rejected"]).most_common(3))
         paths = ", ".join(source["path"] for source in report["sources"])
-        raise UserError(f"{paths}: {bad} of {report['rows']} rows are bad ({worst}), more than "
-                        f"max_bad_fraction = {max_bad_fraction:g}; mend the file or raise the limit")
+        raise UserError(
+            f"{paths}: {bad} of {report['rows']} rows are bad ({worst}), more than "
+            f"max_bad_fraction = {max_bad_fraction:g}; mend the file or raise the limit"
+        )

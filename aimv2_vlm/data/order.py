@@ -232,7 +232,8 @@ class Order:
         self.weights = [int(fraction * scale) for fraction in exact]
         live = [number for number, weight in enumerate(self.weights) if weight > 0]
         self._live = live
-        # Proven bound on |count - quota|: at most 1 up to four sources and for the paper's five, at worst a few percent above.
+        # Proven bound on |count - quota|: at most 1 up to four sources and for the paper's five; a few percent above it
+        # for some mixtures of more.
         self._tree, self.quota_bound = _mixture_tree([self.weights[number] for number in live])
         self._epochs: dict[tuple[int, int], _Epoch] = {}
 

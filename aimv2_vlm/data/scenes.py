@@ -41,9 +41,9 @@ from aimv2_vlm.config import UserError
 
 GENERATOR_VERSION = 1
 SPLIT_DIGITS = {"train": (0, 1400), "dev": (1400, 1598), "test": (1598, 1797)}  # blocks of scikit-learn's digit images
-SCENE_SIZE = 224
-DETAIL_SIZES = (112, 126, 140, 154, 168)  # small canvases: objects as large as tiles show them
-DETAIL_MAGNIFIED = 112  # an encoder of this size sees a detail canvas; its print heights are drawn for that view
+SCENE_SIZE = 168
+DETAIL_SIZES = (84, 98, 112)  # small canvases: objects as large as tiles show them
+DETAIL_MAGNIFIED = 84  # an encoder of this size sees a detail canvas; its print heights are drawn for that view
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {
@@ -55,20 +55,18 @@ COLORS = {
     "purple": (140, 45, 185),
     "pink": (250, 130, 195),
 }
-WORDS = (
-    "apple bird box bread chair clock cup dog egg fish frog house "
-    "jazz key lamp milk moon piano queen ship snow tiger tree wolf"
-).split()
+WORDS = tuple("bird book cake door fish jazz lamp moon ship snow tree wolf".split())  # of one length: a plate's width tells nothing
 NUMBERS = (10, 99)  # both included
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")  # they ship inside matplotlib
 CAP_RATIO = 0.729  # cap height / em of these four fonts, so size = cap height / CAP_RATIO renders it to the pixel
-PRINT_HEIGHTS = (("small", 0.4, (7, 9)), ("middle", 0.2, (12, 20)), ("large", 0.4, (22, 36)))  # share, cap height in px
-DETAIL_PRINT_HEIGHTS = (("small", 0.5, (7, 11)), ("middle", 0.5, (12, 24)))  # of the magnified canvas
-DIGIT_SIZES = (36, 72)
-SHAPE_SIZES = (28, 60)
-DETAIL_OBJECT_SIZES = (32, 56)  # digits and shapes, of the magnified canvas
+PRINT_HEIGHTS = (("small", 0.4, (7, 9)), ("middle", 0.2, (11, 14)), ("large", 0.4, (18, 24)))  # share, cap height in px
+DETAIL_PRINT_HEIGHTS = (("small", 0.5, (7, 9)), ("middle", 0.5, (9, 12)))  # of the magnified canvas
+DIGIT_SIZES = (34, 54)
+SHAPE_SIZES = (32, 50)
+DETAIL_OBJECT_SIZES = (20, 34)  # digits and shapes, of the magnified canvas
+DETAIL_ROLE_CHANCE = 0.75  # each of digit, shape, word and number stands on a detail canvas with this chance
 MIN_UNPLATED = 12  # smaller print always gets a plate, else the texture would make it unfair
 MARGIN = 3  # pixels between objects, and between objects and the border
 
@@ -244,7 +242,7 @@ def _draw_objects(random: Random, split: str, kind: str, size: int) -> list[Digi
         roles = ["digit", "word", "number", "shape"] + ["shape"] * random.randint(0, 1)
         scale, heights, digit_sizes, shape_sizes = 1.0, PRINT_HEIGHTS, DIGIT_SIZES, SHAPE_SIZES
     else:
-        roles = random.sample(["digit", "word", "number", "shape"], random.randint(1, 3))
+        roles = [role for role in ("digit", "word", "number", "shape") if random.random() < DETAIL_ROLE_CHANCE] or ["shape"]
         scale, heights = size / DETAIL_MAGNIFIED, DETAIL_PRINT_HEIGHTS
         digit_sizes = shape_sizes = DETAIL_OBJECT_SIZES
     objects: list[Digit | Shape | Print] = []
@@ -344,10 +342,10 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def alt_text(scene: Scene) -> str:
-    """Terse alt text (`txt` of the shards): objects in raster order."""
+    """Terse alt text (`txt` of the shards): shapes, digit, word, number."""
     terse = {"a handwritten": "handwritten", "the printed word": "word", "the number": "number"}
     parts = []
-    for item in scene.objects:
+    for item in [*scene.shapes, *scene.digits, *scene.prints("word"), *scene.prints("number")]:
         text = _named(item)
         long = next((phrase for phrase in terse if text.startswith(phrase)), None)
         parts.append(terse[long] + text[len(long) :] if long else text.split(" ", 1)[1])

@@ -1,13 +1,14 @@
 """How a picture becomes views (crops of the encoder's size) and how many tokens it costs. One place for both facts.
 
-A checkpoint has one grid. 1x1 is `Llava`: the picture padded to a square and resized. R x C is `LlavaNext` with the single
-resolution (R * tile, C * tile): an overview first, then the tiles in raster order, one newline vector behind each token row.
-LlavaNext itself squashes the overview, pads the tiles black and removes padded features; `pad_square` pads the picture with
-the mean colour *before* it, as the paper does, so that nothing is squashed or removed (paper 5.1, Figure 5).
+A checkpoint has one grid. 1x1 is `Llava`: the picture padded to a square and resized. R x C is `LlavaNext` with the
+single resolution (R * tile, C * tile): an overview first, then the tiles in raster order, one newline vector behind
+each token row. LlavaNext itself squashes the overview, pads the tiles black and removes padded features;
+`pad_square` pads the picture with the mean colour *before* it, as the paper does, so that nothing is squashed or
+removed (paper 5.1, Figure 5).
 
-`pad_square` on one view is a setting of the stock processor. With tiles stock transformers has no such setting: the pixels
-equal the stock processor's on square pictures, and whoever uses a tiled checkpoint without this package pads other pictures
-first (`prepare_picture` shows how: three lines). `pad_square: false` is stock for every picture.
+`pad_square` on one view is a setting of the stock processor. With tiles stock transformers has no such setting: the
+pixels equal the stock processor's on square pictures, and whoever uses a tiled checkpoint without this package pads
+other pictures first (`prepare_picture` shows how: three lines). `pad_square: false` is stock for every picture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """One crop: `name` ("overview" or "row,column") and `box` (left, top, right, bottom) in pixels of the user's picture.
+    """One crop: `name` ("overview" or "row,column") and `box` (left, top, right, bottom) in the user's pixels.
 
     A box reaches beyond the picture where the view shows padding. `squashed`: the view does not keep the aspect.
     """
@@ -59,8 +60,9 @@ class Tiling:
             raise UserError(f"tiling: source_size {self.source_size} must be at least 1 pixel")
 
     @classmethod
-    def parse(cls, text: str, *, tile_size: int, patch_size: int = 14, pad_square: bool = True,
-              source_size: int | None = None) -> Tiling:
+    def parse(
+        cls, text: str, *, tile_size: int, patch_size: int = 14, pad_square: bool = True, source_size: int | None = None
+    ) -> Tiling:
         """From the recipe's "RxC". Raises UserError."""
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         if not match:
@@ -98,7 +100,7 @@ class Tiling:
 
     @property
     def patches_per_view(self) -> int:
-        return self.patches_per_side ** 2
+        return self.patches_per_side**2
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -146,15 +148,19 @@ class Tiling:
 
         def box(row: int, column: int) -> tuple[float, float, float, float]:
             x0, y0 = column * self.tile_size - pad_x, row * self.tile_size - pad_y
-            return (x0 / scale - left, y0 / scale - top,
-                    (x0 + self.tile_size) / scale - left, (y0 + self.tile_size) / scale - top)
+            return (
+                x0 / scale - left,
+                y0 / scale - top,
+                (x0 + self.tile_size) / scale - left,
+                (y0 + self.tile_size) / scale - top,
+            )
 
         rows, columns = self.grid
         return [overview] + [View(f"{r},{c}", box(r, c)) for r in range(rows) for c in range(columns)]
 
     @property
     def _pads_here(self) -> bool:
-        """Whether `prepare_picture` pads. One view is padded by the stock processor unless the picture is reduced first."""
+        """Whether `prepare_picture` pads. The stock processor pads a single view, unless it is to be reduced first."""
         return self.pad_square and (not self.single or self.source_size is not None)
 
     def _kept_patches(self, height: int, width: int) -> tuple[int, int]:
@@ -174,7 +180,9 @@ def image_processor(tiling: Tiling, image_mean: list[float], image_std: list[flo
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
     size = {"height": tiling.tile_size, "width": tiling.tile_size}
-    common = dict(size=size, crop_size=size, do_center_crop=False, image_mean=list(image_mean), image_std=list(image_std))
+    common = dict(
+        size=size, crop_size=size, do_center_crop=False, image_mean=list(image_mean), image_std=list(image_std)
+    )
     if tiling.single:
         return LlavaImageProcessor(do_pad=tiling.pad_square, **common)
     processor = LlavaNextImageProcessor(image_grid_pinpoints=[list(tiling.resolution)], **common)

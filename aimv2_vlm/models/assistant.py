@@ -1,9 +1,11 @@
-"""The assistant: encoder, 2-layer MLP connector and causal language model as a stock Llava or LlavaNext (paper 4.3, figure 5).
+"""The assistant: encoder, 2-layer MLP connector and language model as a stock Llava or LlavaNext (paper 4.3).
 
-`build_assistant` sets what stock defaults get wrong for AIMv2: normalised features of all patches, nothing cropped away, end
-and pad tokens that generation obeys. `AssistantForTraining` adds the loss as a sum and a count, and cached encoder features.
+`build_assistant` sets what stock defaults get wrong for AIMv2: normalised features of all patches, nothing cropped
+away, end and pad tokens that generation obeys. `AssistantForTraining` adds the loss as a sum and a count, and
+cached encoder features.
 
-Shapes: B batch, S sequence, K views of all pictures together, I pictures, N patches of a view, D width, C channels, H, W.
+Shapes: B batch, S sequence, K views of all pictures together, I pictures, N patches of a view, D width, C channels,
+H, W.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ def build_assistant(
     dtype: torch.dtype = torch.float32,
     max_new_tokens: int = 128,
 ) -> tuple[nn.Module, Any]:
-    """(model, processor): a `Llava…` for one view, a `LlavaNextForConditionalGeneration` for tiles, and its stock processor.
+    """(model, processor), both stock: `LlavaForConditionalGeneration` for one view, `LlavaNext…` for tiles.
 
     encoder: an Aimv2VisionModel (used as it is, weights untouched) or a checkpoint of any layout.
-    llm: a causal language model, its path or name; None makes a Llama from `llm_config` (LlamaConfig's keys; sizes of the
-    vocabulary and special ids come from the tokenizer), drawn from torch's global generator.
+    llm: a causal language model, its path or name; None makes a Llama from `llm_config` (LlamaConfig's keys; sizes of
+    the vocabulary and special ids come from the tokenizer), drawn from torch's global generator.
     tokenizer: fast tokenizer or its path; default: the llm's own. template: llama3 | vicuna | plain | own.
     tiling: "RxC", or a Tiling for more. image_mean, image_std: default: those of the encoder's checkpoint.
     Raises UserError.
@@ -53,7 +55,8 @@ def build_assistant(
     from transformers import GenerationConfig
 
     # The one function where a model meets its processor; models and data know nothing of each other elsewhere.
-    from aimv2_vlm.data import chat, tiling as tilings
+    from aimv2_vlm.data import chat
+    from aimv2_vlm.data import tiling as tilings
 
     if not isinstance(encoder, nn.Module):
         from aimv2_vlm.models.encoder import load_encoder
@@ -67,22 +70,33 @@ def build_assistant(
         sizes = dict(tile_size=encoder.config.image_size, patch_size=encoder.config.patch_size)
         tiling = tilings.Tiling.parse(tiling, pad_square=pad_square, **sizes)
     if tiling.tile_size != encoder.config.image_size or tiling.patch_size != encoder.config.patch_size:
-        raise UserError(f"tiling: tiles of {tiling.tile_size} px with patches of {tiling.patch_size}, but the encoder takes "
-                        f"{encoder.config.image_size} px with patches of {encoder.config.patch_size}")
+        raise UserError(
+            f"tiling: tiles of {tiling.tile_size} px with patches of {tiling.patch_size}, but the encoder takes "
+            f"{encoder.config.image_size} px with patches of {encoder.config.patch_size}"
+        )
 
     tokenizer = _open_tokenizer(llm if tokenizer is None else tokenizer)
     image_token = chat.prepare_tokenizer(tokenizer)
-    format_ = chat.ChatFormat(tokenizer, chat.chat_template(template, image_token, tokenizer.chat_template), image_token)
+    format_ = chat.ChatFormat(
+        tokenizer, chat.chat_template(template, image_token, tokenizer.chat_template), image_token
+    )
     processor = chat.build_processor(
-        tokenizer, tilings.image_processor(tiling, image_mean, image_std), tiling.patch_size, format_.template, image_token
+        tokenizer,
+        tilings.image_processor(tiling, image_mean, image_std),
+        tiling.patch_size,
+        format_.template,
+        image_token,
     )
     llm = _open_llm(llm, llm_config, tokenizer, attention, dtype)
     _grow_embeddings(llm, len(tokenizer))
     pinpoints = None if tiling.single else [list(tiling.resolution)]
     model = _join(encoder.to(dtype), llm, pinpoints, format_.image_token_id, tiling.patches_per_view)
     model.generation_config = GenerationConfig(
-        eos_token_id=format_.stop_ids, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=format_.stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
     )
     return model, processor
 
@@ -109,8 +123,10 @@ def check_context(model: nn.Module, num_image_tokens: int, prompt_tokens: int, m
     positions = getattr(_assistant(model).config.text_config, "max_position_embeddings", None)
     needed = num_image_tokens + prompt_tokens + max_new_tokens
     if positions is not None and needed > positions:
-        raise UserError(f"tiling: {num_image_tokens} tokens of a picture, {prompt_tokens} of its prompt and {max_new_tokens} new "
-                        f"ones make {needed}, the decoder has {positions} positions; use fewer tiles or another decoder")
+        raise UserError(
+            f"tiling: {num_image_tokens} tokens of a picture, {prompt_tokens} of its prompt and {max_new_tokens} new "
+            f"ones make {needed}, the decoder has {positions} positions; use fewer tiles or another decoder"
+        )
 
 
 def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
@@ -118,15 +134,18 @@ def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | 
     encoder = _assistant(model).model.vision_tower
     trainable = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
     with torch.set_grad_enabled(trainable):
-        parts = [encoder(pixel_values=part).last_hidden_state for part in pixels_KCHW.split(batch_size or len(pixels_KCHW))]
+        parts = [
+            encoder(pixel_values=part).last_hidden_state for part in pixels_KCHW.split(batch_size or len(pixels_KCHW))
+        ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class AssistantForTraining(nn.Module):
     """The stock assistant with the loss of the paper's tuning as (sum, count) over supervised tokens.
 
-    Everything with parameters runs inside a module's own forward, so that wrappers which gather parameters there (DDP, FSDP,
-    ZeRO-3) work; a batch without any picture sends an empty one through, so that no rank misses a collective.
+    Everything with parameters runs inside a module's own forward, so that wrappers which gather parameters there
+    (DDP, FSDP, ZeRO-3) work; a batch without any picture sends an empty one through, so that no rank misses a
+    collective.
     """
 
     def __init__(self, assistant: nn.Module) -> None:
@@ -152,9 +171,10 @@ class AssistantForTraining(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """{"text_sum", "text_count"}: cross-entropy over supervised tokens and their number.
 
-        input_ids, attention_mask, labels (B, S), labels aligned with the ids, IGNORED where nothing is learned; weights (B):
-        rows of weight 0 count nothing. Pictures in order of their placeholders: pixel_values (K, C, H, W), or features
-        (K, N, D) as `encode_views` gives them; image_sizes I x (height, width), views_per_image I (both for tiles only).
+        input_ids, attention_mask, labels (B, S), labels aligned with the ids, IGNORED where nothing is learned;
+        weights (B): rows of weight 0 count nothing. Pictures in order of their placeholders: pixel_values (K, C, H,
+        W), or features (K, N, D) as `encode_views` gives them; image_sizes I x (height, width), views_per_image I
+        (both for tiles only).
         """
         if features is None:
             features = encode_views(self.assistant, self._views(pixel_values))
@@ -178,8 +198,8 @@ class AssistantForTraining(nn.Module):
 
 
 class _ProjectedPictures:
-    """Stands for the stock class of image outputs: the model's forward asks for `pooler_output`, and only then are features
-    projected and packed, inside the forward of the module that owns `image_newline`."""
+    """Stands for the stock class of image outputs: the model's forward asks for `pooler_output`, and only then are
+    features projected and packed, inside the forward of the module that owns `image_newline`."""
 
     def __init__(self, model: nn.Module, features_KND, pixel_values, image_sizes, views_per_image) -> None:
         self.model, self.features_KND = model, features_KND
@@ -201,13 +221,15 @@ class _ProjectedPictures:
         if newline is None:
             return list(projected_KND)
         packed, _ = self.model.pack_image_features(
-            projected_KND.split(self.views_per_image), self.image_sizes, vision_feature_select_strategy="full",
+            projected_KND.split(self.views_per_image),
+            self.image_sizes,
+            vision_feature_select_strategy="full",
             image_newline=newline,
         )
         return packed
 
 
-# ------------------------------------------------------------------------------------------------------------------ parts
+# --------------------------------------------------------------------------------------------------------------- parts
 
 
 def part_of(name: str) -> str:
@@ -249,7 +271,7 @@ def _assistant(model: nn.Module) -> nn.Module:
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------- building
+# ------------------------------------------------------------------------------------------------------------ building
 
 
 def _open_tokenizer(tokenizer: Any) -> Any:
@@ -276,8 +298,13 @@ def _open_llm(llm: Any, config: dict | None, tokenizer: Any, attention: str, dty
     if llm is None:
         if config is None:
             raise UserError("llm: neither a path nor the sizes of a new one")
-        made = LlamaConfig(**config, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        made = LlamaConfig(
+            **config,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         made._attn_implementation = attention
         return LlamaForCausalLM(made).to(dtype)
     try:
@@ -297,10 +324,15 @@ def _grow_embeddings(llm: nn.Module, num_tokens: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight)
 
 
-def _join(encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int) -> nn.Module:
+def _join(
+    encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int
+) -> nn.Module:
     """The stock model around existing parts; only the connector is new (torch's default initialisation)."""
     from transformers import (
-        LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
     )
 
     # The features are the normalised ones of all patches: Llava reads `hidden_states`, whose last entry must be them.
@@ -309,8 +341,13 @@ def _join(encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None,
         encoder.config.use_head = encoder.use_head = False
         del encoder.head
     common = dict(
-        vision_config=encoder.config, text_config=llm.config, image_token_index=image_token_id, vision_feature_layer=-1,
-        vision_feature_select_strategy="full", projector_hidden_act="gelu", image_seq_length=num_patches,
+        vision_config=encoder.config,
+        text_config=llm.config,
+        image_token_index=image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        projector_hidden_act="gelu",
+        image_seq_length=num_patches,
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
     with torch.device("meta"):  # the parts are put in place, so an 8B decoder is never made twice
@@ -321,7 +358,11 @@ def _join(encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None,
     if type(model.model.language_model) is not type(llm.base_model):
         raise UserError(f"llm: {type(llm).__name__} does not fit into {type(model).__name__}")
     dtype = next(llm.parameters()).dtype
-    model.model.vision_tower, model.model.language_model, model.lm_head = encoder, llm.base_model, llm.get_output_embeddings()
+    model.model.vision_tower, model.model.language_model, model.lm_head = (
+        encoder,
+        llm.base_model,
+        llm.get_output_embeddings(),
+    )
     model.config.vision_config, model.config.text_config = encoder.config, llm.config
     connector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     for layer in _linears(connector):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def save(
 
     def write() -> None:
         if not temporary.is_dir():
-            raise UserError(f"{folder}: not seen by process {placement.rank}; out= must be on a file system that all processes share")
+            raise OSError(f"{folder} is not on a file system that all processes share")
         _write_shards(temporary, tensors, placement)
 
     def publish() -> None:
@@ -78,30 +79,26 @@ def _together(act: Callable[[], None], target: Path, placement: Placement) -> No
     problem = ""
     try:
         act()
-    except Exception as error:
-        problem = _disk_message(error)
-        if not problem:
-            raise
-    for problem in filter(None, placement.gather_strings([problem])):
+    except OSError as error:
+        problem = error.strerror or str(error)
+    problem = "; ".join(sorted(set(filter(None, placement.gather_strings([problem])))))
+    if problem:
         raise UserError(f"{target}: the checkpoint could not be written ({problem}); the previous one is intact; "
                         "make room or mend the folder and start the same command again")
 
 
-def _disk_message(error: BaseException) -> str:
-    """The operating system's words when `error` (or what it wraps) is about the disk, else an empty string."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    wrapped = [failure for failure, _ in getattr(error, "failures", {}).values()]  # DCP's CheckpointException: {rank: (error, trace)}
-    return next((text for text in map(_disk_message, [*wrapped, *filter(None, [error.__cause__])]) if text), "")
-
-
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=placement.world == 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=placement.world == 1)
+    except CheckpointException as wrapped:  # raised on every process, with what happened to each
+        error = next((e for e, _ in wrapped.failures.values()), None)
+        raise error or wrapped from None
 
 
 def _publish(temporary: Path, target: Path, state: dict[str, Any]) -> None:
@@ -205,7 +202,9 @@ def load(path: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> 
     if missing or extra or reshaped:
         raise UserError(f"{path}: does not fit this model: missing {_some(missing)}; unexpected {_some(extra)}; "
                         f"other shapes {_some(reshaped)}; use the recipe it was made with, or --restart")
-    dcp.load(tensors, storage_reader=reader, no_dist=True)  # each process reads what it needs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # each process reads what it needs
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,53 @@
+"""Shared by all tests: no hub, one thread a process, and a small world of embedded data made once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+
+TINY_PRETRAINING = [
+    "image.size=28", "encoder.hidden_size=32", "encoder.intermediate_size=48", "encoder.num_layers=1", "encoder.num_heads=2",
+    "decoder.hidden_size=32", "decoder.intermediate_size=48", "decoder.num_layers=1", "decoder.num_heads=2", "optim.warmup_steps=2",
+    "optim.batch_size=8", "optim.micro_batch_size=4", "data.validation_samples=8", "train.log_every=1", "train.validate_every=4",
+    "train.save_every=3", "train.num_workers=0", "train.trackers=[]", "precision=fp32",
+]
+TINY_TUNING = [
+    "llm.hidden_size=32", "llm.intermediate_size=48", "llm.num_layers=1", "llm.num_heads=2", "llm.vocab_size=360", "llm.max_positions=512",
+    "optim.warmup_steps=1", "optim.batch_size=4", "optim.micro_batch_size=2", "train.log_every=1", "train.save_every=2",
+    "train.num_workers=0", "train.trackers=[]", "precision=fp32",
+]
+
+
+def run_cli(*words: object, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess:
+    """`aimv2-vlm` in a process of its own, as a user would start it."""
+    done = subprocess.run([sys.executable, "-m", "aimv2_vlm", *map(str, words)], capture_output=True, text=True, timeout=timeout, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few pictures of every kind: shards, held-out shards, conversations, benchmarks."""
+    from aimv2_vlm.data import scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    scenes.write_pretraining_shards(root / "shards", "train", 96, samples_per_shard=32, workers=1)
+    scenes.write_pretraining_shards(root / "held_out", "dev", 16, workers=1)
+    scenes.write_conversations(root / "conversations", "train", 24, workers=1)
+    scenes.write_benchmarks(root / "benchmarks", "dev", 4, workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`final/` of a pre-training run of six steps."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    run_cli("pretrain", "demo_scenes", f"data_root={scenes_root}", f"out={out}", "optim.steps=6", *TINY_PRETRAINING)
+    return out / "final"
