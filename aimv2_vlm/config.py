@@ -65,10 +65,23 @@ class Loop:
 
 
 @dataclass
+class Pack:
+    """A folder of pictures that becomes shards before the run (what `aimv2-vlm data pack` does)."""
+
+    folder: str = ""
+    captions: str | None = None  # JSONL or CSV; null: <picture>.txt beside each picture
+    where: dict[str, str] = field(default_factory=dict)  # keep rows whose fields have these values
+
+
+@dataclass
 class PairSource:
-    """Image-text shards. `caption` is `txt`, `json:<field>`, or a mapping of columns to sampling weights."""
+    """Image-text shards. `caption` is `txt`, `json:<field>`, or a mapping of columns to sampling weights.
+
+    With `pack`, shards are made below `path`'s folder the first time.
+    """
 
     path: str | list[str] = ""
+    pack: Pack | None = None
     name: str = ""
     weight: float = 1.0
     caption: Any = "txt"
@@ -241,6 +254,7 @@ class EvalModel:
     path: str = ""
     name: str = ""
     source_size: int | None = None
+    tiling: str | None = None  # another grid than the checkpoint was tuned with; marked in the ledger
 
 
 @dataclass

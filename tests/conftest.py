@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,23 @@ TINY_TUNING = [
 ]
 
 
-def run_cli(*words: object, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess:
-    """`aimv2-vlm` in a process of its own, as a user would start it."""
-    done = subprocess.run([sys.executable, "-m", "aimv2_vlm", *map(str, words)], capture_output=True, text=True, timeout=timeout, check=False)
-    if check and done.returncode:
-        raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*words: object, check: bool = True) -> Done:
+    """`aimv2-vlm` as a user would call it, in this process (importing torch anew for every call would take minutes)."""
+    from aimv2_vlm.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in words])
+    done = Done(status, out.getvalue(), err.getvalue())
+    if check and status:
+        raise AssertionError(f"exit status {status}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
 
 

@@ -25,21 +25,24 @@ from aimv2_vlm.train.optim import build_optimizer, learning_rate, parameter_grou
 
 SIZE, PATCH, VOCAB, CONTEXT, BATCH = 56, 14, 61, 12, 8
 NUM_PATCHES = (SIZE // PATCH) ** 2
+CUTS = [4, 1]  # samples of a micro-batch; the curves are run with 3 and then 1
 HALF = 10  # the step whose checkpoint the strategies hand to each other
 OPTIM = Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=20, batch_size=BATCH, clip=2.0)
 # Who goes on from whose checkpoint: every strategy reads another one's and is read by another one.
 READS = {"ddp": "zero3", "fsdp2": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
 
 
-def build_model(seed: int) -> AIMv2ForPreTraining:
-    """One frozen block and odd sizes, so that shards are uneven."""
-    generator = torch.Generator().manual_seed(seed)
+def build_model(spoiled: bool) -> AIMv2ForPreTraining:
+    """One frozen block and odd sizes, so that shards are uneven. `spoiled`: trained weights that a checkpoint must mend."""
+    generator = torch.Generator().manual_seed(0)
     encoder = build_encoder(image_size=SIZE, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=2, generator=generator)
     model = AIMv2ForPreTraining(
         encoder, decoder_hidden_size=28, decoder_intermediate_size=38, decoder_num_layers=2, decoder_num_heads=2,
         vocab_size=VOCAB, context_length=CONTEXT, generator=generator,
     )
     model.encoder.encoder.layers[0].requires_grad_(False)
+    for parameter in filter(lambda p: p.requires_grad and spoiled, model.parameters()):
+        parameter.data += 1.0
     return model
 
 
@@ -84,10 +87,10 @@ class Poisoned(AIMv2Objective):
 class Run:
     """A placed model and its optimizer."""
 
-    def __init__(self, strategy: str, seed: int = 0, precision: str = "fp32"):
+    def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32"):
         self.placement = Placement(strategy, precision)
         self.objective = AIMv2Objective(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
-        self.model, self.optimizer = self.placement.place(build_model(seed), make_optimizer)
+        self.model, self.optimizer = self.placement.place(build_model(spoiled), make_optimizer)
 
     def steps(self, first: int, last: int, size: int, clip: float = OPTIM.clip, objective: Any = None) -> list[dict[str, float]]:
         rows = []
@@ -164,14 +167,14 @@ def main() -> None:
             result = {"curve": run.steps(0, arguments.steps, 3)}
         else:
             result = exercise(strategy, arguments.out, arguments.steps)
-            gradients(strategy, [4, 2, 1], arguments.out)
+            gradients(strategy, CUTS, arguments.out)
             halved = Run(strategy, precision="bf16")
-            result["bf16"] = halved.steps(0, 3, 3)
+            result["bf16"] = halved.steps(0, 2, 4)
         if Placement().is_main:
             (arguments.out / f"{strategy}.json").write_text(json.dumps(result))
     if not arguments.curves_only:
         for strategy in arguments.strategies:
-            resumed = Run(strategy, seed=1)
+            resumed = Run(strategy, spoiled=True)
             state = resumed.load(arguments.out / f"half_{READS[strategy]}")
             rows = resumed.steps(state["step"], arguments.steps, 3)
             if resumed.placement.is_main:

@@ -21,6 +21,7 @@ from aimv2_vlm.train.distributed import Placement
 
 STRATEGIES = list(worker.READS)
 WORKER = Path(worker.__file__)
+pytestmark = pytest.mark.timeout(900)  # one launch goes through all strategies; seconds on idle cores, minutes on busy ones
 CURVE, GRADIENT = 2e-6, 1e-6  # largest deviation x max(1, loss); relative norm per tensor
 
 
@@ -28,12 +29,17 @@ CURVE, GRADIENT = 2e-6, 1e-6  # largest deviation x max(1, loss); relative norm 
 def out(tmp_path_factory) -> Path:
     """What two processes wrote, going through all strategies in one launch."""
     folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(WORKER), *STRATEGIES, "--out", str(folder)]
-    paths = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), *STRATEGIES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    log = folder / "log.txt"
+    with open(log, "w") as file, subprocess.Popen([*command, "--out", str(folder)], env=environment, stdout=file, stderr=file) as launched:
+        try:
+            status = launched.wait(timeout=840)
+        finally:
+            launched.terminate()  # not kill: the launcher must take its processes with it
+    text = log.read_text()
+    log.unlink()
+    assert status == 0, text[-4000:]
     return folder
 
 
@@ -104,17 +110,17 @@ def test_any_cut_gives_the_same_gradient(size, single) -> None:
     assert_same_gradient(gradient(size), single.gradient)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", worker.CUTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_cut_gives_the_same_gradient_on_two_processes(strategy, size, out, single) -> None:
-    run = worker.Run("single", seed=1)
+    run = worker.Run("single", spoiled=True)
     run.load(out / f"gradient_{strategy}_{size}")
     assert_same_gradient({n: t for n, t in run.tensors().items() if n.startswith("exp_avg.")}, single.gradient)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_single_process_goes_on_from_every_strategy(strategy, out, single) -> None:
-    run = worker.Run("single", seed=1)
+    run = worker.Run("single", spoiled=True)
     state = run.load(out / f"half_{strategy}")
     assert state["strategy"] == strategy and state["step"] == worker.HALF
     assert_same_curve(run.steps(worker.HALF, 20, 4), single.curve[worker.HALF :])

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import EvalModel, UserError
 from aimv2_vlm.data.transforms import BadImage
 from aimv2_vlm.evaluation.generation import (
     GenerationError,
@@ -25,7 +26,7 @@ from aimv2_vlm.evaluation.generation import (
     Question,
     load_assistant,
     open_picture,
-    reduce_picture,
+    prepare_for,
     tiling_of,
 )
 
@@ -220,9 +221,9 @@ def test_control_tokens_typed_in_a_question_stay_text(assistants):
 
 
 def test_source_size_brings_the_longer_side_down_and_changes_no_token_count(assistants):
-    assert reduce_picture(make_picture(0, (40, 80)), 20).size == (20, 10)
-    assert reduce_picture(make_picture(0, (8, 16)), 20).size == (16, 8)
     model, processor = load_assistant(assistants[2], "fp32", "cpu")
+    assert prepare_for(processor, make_picture(0, (40, 80)), 20).size == (20, 10)
+    assert prepare_for(processor, make_picture(0, (8, 16)), 20).size == (16, 8)
     counts = {}
     for source_size in (None, 14):
         generator = Generator(model, processor, max_new_tokens=2, source_size=source_size)
@@ -243,6 +244,9 @@ def test_another_grid_than_the_checkpoints_is_possible_for_tiles_only(assistants
     generator = Generator(model, processor, max_new_tokens=2, tiling="1x2")
     generator.answer([([make_picture(0, (28, 56))], PROMPTS[0])])
     assert generator.tiling == "1x2" and list(generator.tokens_seen.values()) == [4 + 2 * (4 + 1)]
+    for nonsense in ("1x1", "0x2", "two"):
+        with pytest.raises(UserError, match="tiling"):
+            Generator(model, processor, tiling=nonsense)
     model, processor = load_assistant(assistants[1], "fp32", "cpu")
     with pytest.raises(UserError, match="LlavaNext"):
         Generator(model, processor, tiling="2x2")
@@ -290,6 +294,114 @@ def test_truncated_pictures_raise_even_when_pillow_is_tolerant(monkeypatch):
         make_picture(3, (90, 90)).save(buffer, kind)
         with pytest.raises(BadImage):
             open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+
+
+# ---------------------------------------------------------------------------------------------- as in tuning
+
+SHAPES = {"wide": (20, 91), "chart": (20, 91), "tall": (90, 31), "square": (60, 60)}  # two of one shape: one batch
+
+
+@pytest.fixture(scope="module")
+def tuning_rows(tmp_path_factory) -> Path:
+    """A conversation about each picture of SHAPES, in the folder of the pictures."""
+    folder = tmp_path_factory.mktemp("tuning_rows")
+    rng, rows = np.random.default_rng(0), []
+    for name, size in SHAPES.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a circle"}]
+        rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> dict[tuple[str, bool], Path]:
+    """Saved assistants of this package by (tiling, pad_square); random, with answers that depend on the picture."""
+    from aimv2_vlm.data.chat import train_chat_tokenizer
+    from aimv2_vlm.models.assistant import build_assistant
+    from aimv2_vlm.models.encoder import build_encoder
+
+    root = tmp_path_factory.mktemp("tuned")
+    train_chat_tokenizer(["What is shown? a red circle 12"] * 10, root / "tokenizer", 400)
+    llm = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    folders = {}
+    for tiling in ("1x1", "2x2"):
+        for pad_square in (True, False):
+            torch.manual_seed(0)
+            encoder = build_encoder(image_size=28, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
+            model, processor = build_assistant(
+                encoder, None, tiling, tokenizer=str(root / "tokenizer"), llm_config=llm, pad_square=pad_square,
+                image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], max_new_tokens=6,
+            )  # fmt: skip
+            with torch.no_grad():
+                model.lm_head.weight.normal_(std=1.0)
+                model.model.multi_modal_projector.linear_2.weight.mul_(30)
+            folder = folders[tiling, pad_square] = root / f"{tiling}-{pad_square}"
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize("source_size", [None, 40])
+@pytest.mark.parametrize("pad_square", [True, False])
+@pytest.mark.parametrize("tiling", ["1x1", "2x2"])
+def test_pixels_and_prompts_are_those_of_tuning(tuned, tuning_rows, tiling, pad_square, source_size):
+    from aimv2_vlm.data.chat import IGNORED, ChatFormat
+    from aimv2_vlm.data.collate import InstructionDataset
+    from aimv2_vlm.data.conversations import ConversationSet
+    from aimv2_vlm.data.tiling import Tiling
+
+    model, processor = load_assistant(tuned[tiling, pad_square], "fp32", "cpu")
+    data = InstructionDataset(
+        ConversationSet([SimpleNamespace(path=str(tuning_rows / "rows.json"), images=str(tuning_rows), take="all")]),
+        ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
+        Tiling.from_processor(processor, source_size),
+        processor.image_processor,
+    )
+    rows = [data.fetch(index) for index in range(len(SHAPES))]
+    tuned_on = torch.cat([row.pictures[0] for row in rows])
+    prompts = [[token for token, label in zip(row.input_ids, row.labels) if label == IGNORED] for row in rows]
+    expected = []
+    for row, ids in zip(rows, prompts, strict=True):
+        views = {"pixel_values": row.pictures[0]}
+        if tiling != "1x1":
+            views = {"pixel_values": row.pictures[0][None], "image_sizes": torch.tensor(row.image_sizes)}
+        output = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False, **views)
+        expected.append(processor.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip())
+    assert len(set(expected)) > 2, "the answers must differ, or equality shows nothing"
+
+    questions = [
+        Question("What?", (Picture(name, lambda name=name: open_picture(tuning_rows / f"{name}.png")),))
+        for name in SHAPES
+    ]
+    for share in (True, False):
+        generator = Generator(
+            model, processor, batch_size=20, max_new_tokens=6, source_size=source_size, share_features=share
+        )
+        seen = []
+        hook = model.model.vision_tower.register_forward_pre_hook(
+            lambda module, args, named: seen.append(args[0] if args else named["pixel_values"]), with_kwargs=True
+        )
+        answers = generator.answer(questions)
+        hook.remove()
+        assert torch.equal(torch.cat(seen), tuned_on)
+        assert answers == expected
+        counts = [ids.count(model.config.image_token_id) for ids in prompts]
+        assert list(generator.tokens_seen.values()) == counts
+
+
+def test_chat_shows_the_model_what_tuning_did(tuned, tuning_rows, monkeypatch, capsys):
+    from aimv2_vlm.serve.chat import chat
+
+    picture = tuning_rows / "wide.png"
+    for folder in (tuned["2x2", True], tuned["2x2", False]):
+        model, processor = load_assistant(folder, "fp32", "cpu")
+        (answer,) = Generator(model, processor, max_new_tokens=6).answer([([open_picture(picture)], "What?")])
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {picture}.gone\n/image {picture}\nWhat?\n"))
+        assert chat(str(folder), max_new_tokens=6) == 0
+        out, err = capsys.readouterr()
+        assert answer and answer in out
+        assert "wide.png.gone: no picture" in err
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -366,7 +478,7 @@ def make_config(
         out=str(out), seed=3, precision="fp32", benchmarks=["set"], benchmark_root=str(root), convert={},
         controls=["blind", "wrong_picture"], train_conversations=[str(conversations)] if conversations else [],
         limit=None, batch_size=4, max_new_tokens=5,
-        models=[SimpleNamespace(name=name, path=str(path), source_size=None) for name, path in models.items()],
+        models=[EvalModel(str(path), name) for name, path in models.items()],
     )  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -505,7 +617,7 @@ def assert_goes_on(finished, out: Path, missing: int) -> None:
 def test_a_changed_checkpoint_runs_again_and_replaces_its_rows(finished, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "again")
     changed = make_assistant(tmp_path / "changed", tiles=1, seed=9)
-    models = [SimpleNamespace(name="one", path=str(changed), source_size=None), finished.config.models[1]]
+    models = [EvalModel(str(changed), "one"), finished.config.models[1]]
     status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out), "models": models}))
     rows = comparable(out / "ledger.jsonl")
     assert status == 0 and "6 finished before, 6 to run" in events[0] and len(rows) == 12

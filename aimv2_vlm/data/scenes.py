@@ -41,9 +41,9 @@ from aimv2_vlm.config import UserError
 
 GENERATOR_VERSION = 1
 SPLIT_DIGITS = {"train": (0, 1400), "dev": (1400, 1598), "test": (1598, 1797)}  # blocks of scikit-learn's digit images
-SCENE_SIZE = 168
-DETAIL_SIZES = (84, 98, 112)  # small canvases: objects as large as tiles show them
-DETAIL_MAGNIFIED = 84  # an encoder of this size sees a detail canvas; its print heights are drawn for that view
+SCENE_SIZE = 112
+DETAIL_SIZES = (56,)  # small canvases: objects as large as tiles show them
+DETAIL_MAGNIFIED = 56  # an encoder of this size sees a detail canvas; its print heights are drawn for that view
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {
@@ -59,16 +59,17 @@ WORDS = tuple("bird book cake door fish jazz lamp moon ship snow tree wolf".spli
 NUMBERS = (10, 99)  # both included
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")  # they ship inside matplotlib
-CAP_RATIO = 0.729  # cap height / em of these four fonts, so size = cap height / CAP_RATIO renders it to the pixel
-PRINT_HEIGHTS = (("small", 0.4, (7, 9)), ("middle", 0.2, (11, 14)), ("large", 0.4, (18, 24)))  # share, cap height in px
-DETAIL_PRINT_HEIGHTS = (("small", 0.5, (7, 9)), ("middle", 0.5, (9, 12)))  # of the magnified canvas
-DIGIT_SIZES = (34, 54)
-SHAPE_SIZES = (32, 50)
-DETAIL_OBJECT_SIZES = (20, 34)  # digits and shapes, of the magnified canvas
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")  # they ship inside matplotlib
+CAP_RATIO = 0.729  # cap height / em of these fonts, so size = cap height / CAP_RATIO renders it to the pixel
+PRINT_HEIGHTS = (("small", 0.45, (7, 9)), ("middle", 0.1, (11, 12)), ("large", 0.45, (14, 18)))  # share, cap height in px
+DETAIL_PRINT_HEIGHTS = (("small", 1.0, (7, 9)),)  # of the magnified canvas
+DIGIT_SIZES = (28, 40)
+SHAPE_SIZES = (28, 40)
+DETAIL_OBJECT_SIZES = (14, 20)  # digits and shapes, of the magnified canvas
 DETAIL_ROLE_CHANCE = 0.75  # each of digit, shape, word and number stands on a detail canvas with this chance
 MIN_UNPLATED = 12  # smaller print always gets a plate, else the texture would make it unfair
-MARGIN = 3  # pixels between objects, and between objects and the border
+RASTER = {"scene": 28, "detail": 14}  # objects begin on this raster: two patches of a full view, one of a half-size view
+MARGIN = 2  # pixels between objects, and between objects and the border
 
 FILLS = ("solid", "outlined", "striped")
 TEXTURES = ("stripes", "checks", "dots", "grain")
@@ -217,7 +218,7 @@ def make_scene(split: str, index: int, kind: str = "scene", seed: int = 0) -> Sc
     size = SCENE_SIZE if kind == "scene" else random.choice(DETAIL_SIZES)
     ground = _draw_ground(random, size)
     for _ in range(100):  # a draw that finds no room is drawn again
-        objects = _place(random, size, _draw_objects(random, split, kind, size))
+        objects = _place(random, size, RASTER[kind], _draw_objects(random, split, kind, size))
         if objects:
             return Scene(split, index, kind, seed, size, ground, objects)
     raise AssertionError(f"no room for the objects of scene {split}/{kind}/{index}")
@@ -231,7 +232,7 @@ def _draw_ground(random: Random, size: int) -> Ground:
         texture=random.choice(TEXTURES),
         period=random.choice((8, 11, 15)),
         angle=random.randrange(0, 180, 30),
-        contrast=random.randint(12, 26),
+        contrast=random.randint(10, 22),
         pixel_seed=random.getrandbits(63),
     )
 
@@ -282,7 +283,7 @@ def _print_pad(cap_height: int) -> int:
     return max(3, round(0.25 * cap_height))
 
 
-def _place(random: Random, size: int, objects: list) -> tuple | None:
+def _place(random: Random, size: int, raster: int, objects: list) -> tuple | None:
     """Random places without overlap, large objects first; None if no room was found. Objects in raster order."""
     if any(max(o.box.height, o.box.width) > size - 2 * MARGIN for o in objects):
         return None
@@ -292,8 +293,8 @@ def _place(random: Random, size: int, objects: list) -> tuple | None:
         for i in by_area:
             height, width = objects[i].box.height, objects[i].box.width
             for _ in range(25):
-                top = random.randint(MARGIN, size - MARGIN - height)
-                left = random.randint(MARGIN, size - MARGIN - width)
+                top = random.randrange(MARGIN, size - MARGIN - height + 1, raster)
+                left = random.randrange(MARGIN, size - MARGIN - width + 1, raster)
                 if all(
                     top >= b.top + b.height + MARGIN
                     or b.top >= top + height + MARGIN

@@ -125,11 +125,12 @@ def decode_image(
             raise BadImage(f"cannot be decoded ({str(error)[:100]})") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
     with _open(data) as image:
-        pixels = np.array(_to_rgb(image))
+        pixels = np.array(to_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
+def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
+    """An opened picture upright in 8-bit RGB, as `decode_image` says. Raises BadImage."""
     from PIL import Image, ImageOps
 
     image.load()

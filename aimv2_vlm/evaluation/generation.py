@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.data.transforms import decode_image
+from aimv2_vlm.data.tiling import Tiling, prepare_picture
+from aimv2_vlm.data.transforms import decode_image, to_rgb
 
 FEATURE_SHARING = ("llava", "llava_next")  # config.model_type of the classes that take `mm_encoder_outputs`
 
@@ -52,21 +54,30 @@ def open_picture(source: bytes | str | Path | Image.Image) -> Image.Image:
     lmms-eval has switched Pillow to accept truncated files.
     """
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return to_rgb(source)
     pixels_CHW = decode_image(source if isinstance(source, bytes) else Path(source).read_bytes())
     return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
 
 
-def reduce_picture(picture: Image.Image, source_size: int | None) -> Image.Image:
-    """The picture with its longer side brought down to `source_size` pixels (bicubic); smaller ones stay.
+def prepare_for(processor: Any, picture: Image.Image, source_size: int | None = None) -> Image.Image:
+    """What `processor` must be given for this RGB picture so that the model sees the pixels it was tuned with.
 
-    The control arm of "tiling helps": the same tiles are then cut from fewer source pixels (protocols.md).
+    Tuning's own `prepare_picture`: padding to a square, then reduction to `source_size`. A processor from elsewhere
+    knows no `pad_square`; its pictures are reduced only.
     """
-    longer = max(picture.size)
-    if source_size is None or longer <= source_size:
+    from transformers import LlavaImageProcessor
+
+    images = processor.image_processor
+    one_view = isinstance(images, LlavaImageProcessor) and images.do_pad and images.size.height
+    if one_view or hasattr(images, "pad_square"):
+        tiling = Tiling.from_processor(processor, source_size)
+    else:
+        tiling = Tiling(pad_square=False, source_size=source_size)
+    if tiling.processed_size(picture.height, picture.width) == (picture.height, picture.width):
         return picture
-    width, height = (max(1, round(side * source_size / longer)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    pixels_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    prepared_CHW = prepare_picture(pixels_CHW, tiling, images.image_mean)
+    return Image.fromarray(prepared_CHW.permute(1, 2, 0).numpy())
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -116,18 +127,17 @@ def tiling_of(model: Any) -> str:
 
 
 def set_tiling(model: Any, processor: Any, tiling: str) -> None:
-    """Evaluate a LlavaNext checkpoint at another grid than the one it was tuned with, e.g. "3x3"."""
+    """Evaluate a LlavaNext checkpoint at another grid than the one it was tuned with, e.g. "3x3". Raises UserError."""
     if tiling == tiling_of(model):
         return
     if model.config.model_type != "llava_next":
         raise UserError(f"tiling: {tiling} needs a LlavaNext checkpoint, this one sees pictures as {tiling_of(model)}")
-    try:
-        rows, columns = (int(side) for side in tiling.split("x"))
-    except ValueError:
-        raise UserError(f"tiling: {tiling!r} is not rows x columns, for instance 2x2") from None
-    tile = model.config.vision_config.image_size
-    model.config.image_grid_pinpoints = [[rows * tile, columns * tile]]
-    processor.image_processor.image_grid_pinpoints = [[rows * tile, columns * tile]]
+    vision = model.config.vision_config
+    other = Tiling.parse(tiling, tile_size=vision.image_size, patch_size=vision.patch_size)
+    if other.single:
+        raise UserError("tiling: 1x1 is a Llava checkpoint's; this one is LlavaNext, which adds an overview to any tiles")
+    model.config.image_grid_pinpoints = [list(other.resolution)]
+    processor.image_processor.image_grid_pinpoints = [list(other.resolution)]
 
 
 def _first_line(error: BaseException) -> str:
@@ -140,7 +150,7 @@ def _first_line(error: BaseException) -> str:
 class Generator:
     """Answers questions with one model. Greedy; answers do not depend on the batch (up to rounding).
 
-    `source_size` reduces every picture first (`reduce_picture`), `tiling` overrides the checkpoint's grid.
+    `source_size` reduces every picture first (`prepare_for`), `tiling` overrides the checkpoint's grid.
     Raises UserError at once where a picture alone fills the decoder's positions.
     """
 
@@ -180,7 +190,7 @@ class Generator:
 
     def _check_picture_fits(self) -> None:
         """One grey square goes through the encoder: wrong processors and over-long pictures fail at load."""
-        pixels = self._pixels([Image.new("RGB", (64, 64), "grey")])
+        pixels = self._pixels([prepare_for(self.processor, Image.new("RGB", (64, 64), "grey"), self.source_size)])
         self.tiles_per_picture = pixels["pixel_values"].shape[1] if pixels["pixel_values"].dim() == 5 else 1
         (features,) = self._features(pixels)
         if self.num_positions is not None and len(features) >= self.num_positions:
@@ -204,7 +214,7 @@ class Generator:
 
     def _open(self, picture: Picture) -> Image.Image | GenerationError:
         try:
-            return reduce_picture(open_picture(picture.open()), self.source_size)
+            return prepare_for(self.processor, open_picture(picture.open()), self.source_size)
         except Exception as error:  # whatever a picture does, it is this picture's error
             return GenerationError(f"picture {picture.key}: {_first_line(error)}")
 

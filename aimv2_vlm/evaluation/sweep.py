@@ -98,8 +98,8 @@ def _models(config: Any) -> list[Model]:
         name = entry.name or (folder.parent.name if folder.name == "final" else folder.name)
         if name in [model.name for model in models]:
             raise UserError(f"models: the name {name} occurs twice; give each entry its own name")
-        tiling = getattr(entry, "tiling", None)
-        models.append(Model(name, str(entry.path), entry.source_size, tiling, digest_checkpoint(entry.path)))
+        digest = digest_checkpoint(entry.path)
+        models.append(Model(name, str(entry.path), entry.source_size, entry.tiling, digest))
     return models
 
 

@@ -6,7 +6,8 @@ import sys
 from threading import Thread
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.generation import load_assistant, open_picture
+from aimv2_vlm.data.transforms import BadImage
+from aimv2_vlm.evaluation.generation import load_assistant, open_picture, prepare_for
 
 HELP = "/image FILE shows a new picture, /reset forgets the conversation, /quit ends"
 
@@ -15,7 +16,7 @@ def chat(model_path: str, image: str | None = None, max_new_tokens: int = 256) -
     """Read lines, stream answers. Works with any checkpoint that AutoModelForImageTextToText and AutoProcessor load."""
     model, processor = load_assistant(model_path)
     history: list[dict] = []
-    picture = open_picture(image) if image else None
+    picture = read_picture(image, processor) if image else None
     print(HELP)
     while True:
         try:
@@ -29,7 +30,7 @@ def chat(model_path: str, image: str | None = None, max_new_tokens: int = 256) -
             history = []
         elif line.startswith("/image"):
             try:
-                picture, history = open_picture(line.removeprefix("/image").strip()), []
+                picture, history = read_picture(line.removeprefix("/image").strip(), processor), []
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
         elif line:
@@ -41,12 +42,21 @@ def chat(model_path: str, image: str | None = None, max_new_tokens: int = 256) -
             history.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
+def read_picture(file: str, processor):
+    """The picture as `stream_answer` takes it. Raises UserError."""
+    try:
+        return prepare_for(processor, open_picture(file))
+    except (OSError, BadImage) as error:
+        raise UserError(f"{file or '/image'}: no picture to show: {error}") from None
+
+
 def stream_answer(model, processor, history: list[dict], picture, max_new_tokens: int) -> str:
     """Print the answer to the last turn as it comes; returns it. Raises UserError when generation fails."""
     from transformers import TextIteratorStreamer
 
     prompt = processor.apply_chat_template(history, add_generation_prompt=True)
-    inputs = processor(text=prompt, images=picture, add_special_tokens=False, return_tensors="pt").to(model.device)
+    inputs = processor(text=prompt, images=picture, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     problem: list[Exception] = []
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from aimv2_vlm import recipe as recipes
-from aimv2_vlm.config import Optimizer, PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm.config import Optimizer, PairSource, PretrainRecipe, SftRecipe, UserError
 from aimv2_vlm.data.captions import CaptionTokenizer, train_tokenizer
 from aimv2_vlm.data.chat import ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
 from aimv2_vlm.data.conversations import ConversationSet, check_bad_fraction
 from aimv2_vlm.data.order import Order, compare_fingerprints
 from aimv2_vlm.data.pairs import PairDataset
+from aimv2_vlm.data.shards import pack
 from aimv2_vlm.data.tiling import Tiling
 from aimv2_vlm.models.assistant import (
     AssistantForTraining, build_assistant, check_context, encode_views, image_statistics, part_of, set_trainable,
@@ -81,6 +82,7 @@ def pair_data(
         )
 
     def build() -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
+        pack_sources([*recipe.data.sources, *recipe.data.validation])
         path = directory.path / "tokenizer.model"
         if placement.is_main and not path.exists():
             make_caption_tokenizer(recipe, path, lambda: dataset(recipe.data.sources, None, recipe.seed).texts(TOKENIZER_TEXTS))
@@ -96,6 +98,18 @@ def pair_data(
         raise UserError(f"data.sources: {len(data.bad_samples())} of {data.num_samples + len(data.bad_samples())} samples are bad, above "
                         f"max_bad_fraction {recipe.data.max_bad_fraction:g} (first: {data.bad_samples()[0]}); see data_report.json")
     return tokenizer, data, held_out
+
+
+def pack_sources(sources: Sequence[PairSource]) -> None:
+    """Shards of the sources that name a folder of pictures; a folder that holds its report is finished."""
+    for source in sources:
+        if source.pack is None:
+            continue
+        folder = Path(str(source.path)).parent
+        if not (folder / "data_report.json").exists():
+            say(f"packing {source.pack.folder} into {folder}")
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed packing left
+            pack(source.pack.folder, source.pack.captions, folder, where=source.pack.where)
 
 
 def make_caption_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callable[[], Any]) -> None:
