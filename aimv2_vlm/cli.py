@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="the whole chain on embedded data, then report.html")
     demo.add_argument("--out", default="runs/demo", help="where everything goes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--split", choices=("test", "dev"), default="test", help="dev: for choosing settings (default: %(default)s)")
 
     doctor = verbs.add_parser("doctor", help="versions, devices, what will and will not work here")
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "demo":
         from aimv2_vlm.demo import demo
 
-        return stoppable(lambda: demo(arguments.out, arguments.seed))
+        return stoppable(lambda: demo(arguments.out, arguments.seed, arguments.split))
     from aimv2_vlm.serve.chat import chat
 
     return chat(arguments.model, arguments.image, arguments.max_new_tokens)

@@ -12,19 +12,19 @@ from aimv2_vlm.config import EvalConfig, PretrainRecipe, SftRecipe
 from aimv2_vlm.recipe import load_recipe
 from aimv2_vlm.train.metrics import Progress, format_seconds, say
 
-PRETRAINING_SAMPLES, HELD_OUT_SAMPLES = 16_000, 512
+PRETRAINING_SAMPLES, HELD_OUT_SAMPLES, DETAIL_SHARE = 24_000, 512, 0.67
 TUNING_PICTURES, TEST_PICTURES = 3_000, 200
 ARMS = ("1x1", "2x2")  # one assistant per resolution, as in the paper's Figure 5
 
 
-def demo(out: str, seed: int = 0) -> int:
+def demo(out: str, seed: int = 0, split: str = "test") -> int:
     """Make the data, pre-train, tune one assistant per tiling, evaluate, write `report.html`. Every stage goes on where it was
-    stopped; finished stages are passed over. Returns the exit code of the evaluation."""
+    stopped; finished stages are passed over. `split`: test, or dev for choosing settings. Returns the evaluation's exit code."""
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
     clock = Clock(root / "timings.json")
     data_root = root / "data"
-    clock.stage("data", lambda: write_data(data_root))
+    clock.stage("data", lambda: write_data(data_root, split))
     from aimv2_vlm.train.run import pretrain, sft
 
     common = [f"data_root={data_root}", f"seed={seed}"]
@@ -49,22 +49,23 @@ def demo(out: str, seed: int = 0) -> int:
 
 
 def model_overrides(root: Path) -> list[str]:
-    """The two assistants of this run, and the tiled one on pictures without new pixels."""
+    """The recipe's model paths below this run's folder."""
     config: EvalConfig = load_recipe("eval", "demo_scenes", ["data_root=."])
     return [f"models.{i}.path={root / Path(model.path).relative_to('runs/demo')}" for i, model in enumerate(config.models)]
 
 
-def write_data(root: Path) -> None:
+def write_data(root: Path, split: str) -> None:
     """Shards, conversations and benchmarks of the embedded data; what is already there is kept."""
     from aimv2_vlm.data import scenes
 
     def bar(what: str) -> Callable[[int, int], None]:
         return Progress(what, 1, unit="pictures").of
 
-    scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, progress=bar("drawing shards"))
+    scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, detail_share=DETAIL_SHARE, progress=bar("drawing shards"))
     scenes.write_pretraining_shards(root / "held_out", "dev", HELD_OUT_SAMPLES, progress=bar("drawing held-out shards"))
     scenes.write_conversations(root / "conversations", "train", TUNING_PICTURES, progress=bar("drawing conversations"))
-    scenes.write_benchmarks(root / "benchmarks", "test", TEST_PICTURES, progress=bar("drawing benchmarks"))
+    asked = (scenes.HELD_OUT,) if split == "test" else scenes.HELD_OUT_CANDIDATES
+    scenes.write_benchmarks(root / "benchmarks", split, TEST_PICTURES, held_out=asked, progress=bar("drawing benchmarks"))
 
 
 class Clock:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from aimv2_vlm.config import Optimizer
+from aimv2_vlm.config import Optimizer, UserError
 from aimv2_vlm.models.encoder import build_encoder
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import checkpoint
@@ -134,6 +135,19 @@ def gradients(strategy: str, sizes: list[int], out: Path) -> None:
         run.save(out / f"gradient_{strategy}_{size}", 1)
 
 
+def save_where_one_disk_is_full(run: Run, folder: Path) -> list[str]:
+    """What every process says when the second one cannot write its shard."""
+    message, (soft, hard) = "", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if run.placement.rank == 1 else soft, hard))
+    try:
+        run.save(folder, 1)
+    except UserError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return run.placement.gather_strings([message])
+
+
 def exercise(strategy: str, out: Path, num_steps: int) -> dict[str, Any]:
     run = Run(strategy)
     result: dict[str, Any] = {"validation": run.validation()}
@@ -148,6 +162,7 @@ def exercise(strategy: str, out: Path, num_steps: int) -> dict[str, Any]:
     after = run.snapshot()
     touched = [name for name in before if not torch.equal(before[name], after[name])]
     result["touched"] = run.placement.gather_strings(touched)
+    result["disk_full"] = save_where_one_disk_is_full(run, out / f"full_{strategy}")
     result["after_poison"] = run.steps(num_steps, num_steps + 1, 2)  # the run goes on as if that step had not been
     return result
 
@@ -164,13 +179,13 @@ def main() -> None:
     for strategy in arguments.strategies:
         if arguments.curves_only:
             run = Run(strategy)
-            result = {"curve": run.steps(0, arguments.steps, 3)}
+            result = {"curve": run.steps(0, arguments.steps, BATCH if strategy == "single" else 3)}
         else:
             result = exercise(strategy, arguments.out, arguments.steps)
             gradients(strategy, CUTS, arguments.out)
-            halved = Run(strategy, precision="bf16")
-            result["bf16"] = halved.steps(0, 2, 4)
-        if Placement().is_main:
+            run = Run(strategy, precision="bf16")
+            result["bf16"] = run.steps(0, 2, 4)
+        if run.placement.is_main:
             (arguments.out / f"{strategy}.json").write_text(json.dumps(result))
     if not arguments.curves_only:
         for strategy in arguments.strategies:

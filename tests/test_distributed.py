@@ -105,6 +105,12 @@ def test_nan_on_one_process_is_skipped_by_all(result, single) -> None:
     assert_same_curve(result.after_poison, single.extra)
 
 
+def test_full_disk_of_one_process_is_an_error_on_all(result, out) -> None:
+    assert len(result.disk_full) == 2
+    assert all("File too large" in message for message in result.disk_full)
+    assert list((out / f"full_{result.strategy}").iterdir()) == []
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_any_cut_gives_the_same_gradient(size, single) -> None:
     assert_same_gradient(gradient(size), single.gradient)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile
@@ -298,16 +297,16 @@ def test_truncated_pictures_raise_even_when_pillow_is_tolerant(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- as in tuning
 
-SHAPES = {"wide": (20, 91), "chart": (20, 91), "tall": (90, 31), "square": (60, 60)}  # two of one shape: one batch
+SHAPES = {"wide": (30, 91), "chart": (30, 91), "tall": (90, 31), "square": (60, 60)}  # two of one shape: one batch
 
 
 @pytest.fixture(scope="module")
 def tuning_rows(tmp_path_factory) -> Path:
     """A conversation about each picture of SHAPES, in the folder of the pictures."""
     folder = tmp_path_factory.mktemp("tuning_rows")
-    rng, rows = np.random.default_rng(0), []
-    for name, size in SHAPES.items():
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    rows = []
+    for index, (name, size) in enumerate(SHAPES.items()):
+        make_picture(index, size).save(folder / f"{name}.png")
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a circle"}]
         rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -101,7 +101,7 @@ LETTERS = "ABCD"
 FIRST_CONVERSATION = 10_000_000
 FIRST_BENCHMARK = 20_000_000
 
-TEST_GENERATOR_HASH = "6726af84f1de41282f2ee28badc7bfa8e0c0b356f9f4e0f94608b55428e6f902"
+TEST_GENERATOR_HASH = "310f4ad76b2046d95f38c48786bdb7331b72f1d71dcc88d197faa0f857397892"
 
 
 def generator_constants() -> dict:
@@ -209,7 +209,7 @@ class Scene:
 
 
 def make_scene(split: str, index: int, kind: str = "scene", seed: int = 0) -> Scene:
-    """The scene number `index` of a split; kind "scene" (224 px, 4-5 objects) or "detail" (112-168 px, 1-3 objects)."""
+    """The scene number `index` of a split; kind "scene" (112 px, 4-5 objects) or "detail" (56 px, 1-4 objects)."""
     if split not in SPLIT_DIGITS or kind not in ("scene", "detail"):
         raise UserError(
             f"scenes: no split {split!r} with kind {kind!r}; splits: {', '.join(SPLIT_DIGITS)}; kinds: scene, detail"

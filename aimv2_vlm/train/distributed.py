@@ -160,13 +160,6 @@ class Placement:
         if self.world > 1:
             dist.barrier()
 
-    # ------------------------------------------------------------------------------------------------------------ state
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether the placed model holds only a part of each weight on this process."""
-        return self.strategy in ("fsdp2", "zero3")
-
     def main_first(self, work: Callable[[], Any]) -> Any:
         """`work()` on every process, rank 0 before the others (it builds files that they then find)."""
         if not self.is_main:
@@ -176,6 +169,13 @@ class Placement:
         finally:
             if self.is_main:
                 self.barrier()
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the placed model holds only a part of each weight on this process."""
+        return self.strategy in ("fsdp2", "zero3")
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
@@ -208,13 +208,12 @@ class Placement:
         A collective call. Tied names share one tensor, as in `state_dict()`.
         """
         whole: dict[str, torch.Tensor] = {}
-        seen: dict[torch.Tensor, torch.Tensor] = {}
+        seen: dict[int, torch.Tensor] = {}
         for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
-            if tensor not in seen:
+            if id(tensor) not in seen:
                 gathered = self._gather(tensor)
-                seen[tensor] = gathered.detach().cpu() if self.is_main else tensor
-            if self.is_main:
-                whole[name] = seen[tensor]
+                seen[id(tensor)] = gathered.detach().cpu() if self.is_main else tensor
+            whole[name] = seen[id(tensor)]
         return whole if self.is_main else None
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
