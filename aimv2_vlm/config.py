@@ -51,7 +51,6 @@ class Loop:
     """How the one training loop runs; nothing here changes what is computed."""
 
     strategy: str = choices("auto", *STRATEGIES)
-    compile: bool = False
     num_workers: int = 2  # processes that read and decode; any number gives the same samples
     log_every: int = 10
     validate_every: int = 1000

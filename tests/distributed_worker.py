@@ -1,7 +1,7 @@
 """A tiny pre-training run through the real loop's parts, for test_distributed.py and benchmarks/distributed_curves.py.
 
-Alone it is the single-process run; under `python -m torch.distributed.run` it goes through strategies one after another and
-the main process writes `<strategy>.json` into --out.
+Alone it is the single-process run; under `python -m torch.distributed.run` it goes through strategies one after another
+and the main process writes `<strategy>.json` into --out.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ NUM_PATCHES = (SIZE // PATCH) ** 2
 CUTS = [4, 1]  # samples of a micro-batch; the curves are run with 3 and then 1
 HALF = 10  # the step whose checkpoint the strategies hand to each other
 OPTIM = Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=20, batch_size=BATCH, clip=2.0)
-# Who goes on from whose checkpoint: every strategy reads another one's and is read by another one.
-READS = {"ddp": "zero3", "fsdp2": "ddp", "zero2": "fsdp2", "zero3": "zero2"}
+# Who goes on from whose checkpoint; the single process goes on from everyone's.
+READS = {"ddp": "zero3", "fsdp2": "single", "zero2": "ddp", "zero3": "fsdp2"}
 
 
 def build_model(spoiled: bool) -> AIMv2ForPreTraining:
-    """One frozen block and odd sizes, so that shards are uneven. `spoiled`: trained weights that a checkpoint must mend."""
+    """One frozen block; odd sizes, so that shards are uneven. `spoiled`: trained weights that loading must mend."""
     generator = torch.Generator().manual_seed(0)
-    encoder = build_encoder(image_size=SIZE, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=2, generator=generator)
+    encoder = build_encoder(
+        image_size=SIZE, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=2, generator=generator
+    )
     model = AIMv2ForPreTraining(
         encoder, decoder_hidden_size=28, decoder_intermediate_size=38, decoder_num_layers=2, decoder_num_heads=2,
         vocab_size=VOCAB, context_length=CONTEXT, generator=generator,
@@ -54,7 +56,7 @@ def make_optimizer(model: AIMv2ForPreTraining) -> torch.optim.Optimizer:
 
 
 def sample_rows(step: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step: captions of 1 to 12 tokens, prefixes of every length, now and then a hole of weight 0."""
+    """The global batch of a step: captions of 1 to 12 tokens, prefixes of any length, now and then a hole (weight 0)."""
     generator = torch.Generator().manual_seed(1000 + step)
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -62,8 +64,10 @@ def sample_rows(step: int) -> dict[str, torch.Tensor]:
 
     weights = torch.ones(BATCH)
     weights[step % BATCH] = float(step % 3 != 0)
-    return {"pixels": draw(0, 256, BATCH, 3, SIZE, SIZE).to(torch.uint8), "input_ids": draw(2, VOCAB, BATCH, CONTEXT),
-            "text_lengths": draw(1, CONTEXT + 1, BATCH), "prefix_lengths": draw(1, NUM_PATCHES, BATCH), "weights": weights}
+    return {
+        "pixels": draw(0, 256, BATCH, 3, SIZE, SIZE).to(torch.uint8), "input_ids": draw(2, VOCAB, BATCH, CONTEXT),
+        "text_lengths": draw(1, CONTEXT + 1, BATCH), "prefix_lengths": draw(1, NUM_PATCHES, BATCH), "weights": weights,
+    }
 
 
 def micro_batches(step: int, size: int, placement: Placement) -> list[dict[str, Any]]:
@@ -93,7 +97,10 @@ class Run:
         self.objective = AIMv2Objective(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
         self.model, self.optimizer = self.placement.place(build_model(spoiled), make_optimizer)
 
-    def steps(self, first: int, last: int, size: int, clip: float = OPTIM.clip, objective: Any = None) -> list[dict[str, float]]:
+    def steps(
+        self, first: int, last: int, size: int, clip: float = OPTIM.clip, objective: Any = None
+    ) -> list[dict[str, float]]:
+        """Steps `first` to `last` in micro-batches of `size`; losses and gradient norm of each."""
         rows = []
         objective = objective or self.objective
         for step in range(first, last):
@@ -113,7 +120,8 @@ class Run:
         return self.placement.state_tensors(self.model, self.optimizer)
 
     def save(self, folder: Path, step: int) -> None:
-        checkpoint.save(folder, step, self.tensors(), {"strategy": self.placement.strategy}, self.placement, keep_last=2)
+        state = {"strategy": self.placement.strategy}
+        checkpoint.save(folder, step, self.tensors(), state, self.placement, keep_last=2)
 
     def load(self, folder: Path) -> dict[str, Any]:
         path, state = checkpoint.newest(folder, self.placement)
@@ -128,7 +136,7 @@ class Run:
 
 
 def gradients(strategy: str, sizes: list[int], out: Path) -> None:
-    """One step's gradient for each cut into micro-batches. After one unclipped step AdamW's first moment is 0.1 gradient."""
+    """A step's gradient for each cut into micro-batches: after one unclipped step AdamW's first moment is 0.1 of it."""
     for size in sizes:
         run = Run(strategy)
         run.steps(5, 6, size, clip=0.0)

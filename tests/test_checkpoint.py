@@ -1,4 +1,4 @@
-"""Laws of checkpoints: what is visible is whole, what is broken is passed over, what does not fit is refused by name."""
+"""Laws of checkpoints: what is visible is whole, what is broken is passed over, what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------- round trip
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path, placement) -> None:
@@ -99,7 +99,7 @@ def test_saving_a_step_again_changes_only_its_words(tmp_path, placement) -> None
     assert load_newest(tmp_path, placement) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ kills
+# ---------------------------------------------------------------------------------------------------------------- kills
 
 
 def save_forever(folder: Path, placement: Placement) -> None:
@@ -132,7 +132,7 @@ def test_kill_at_any_moment_leaves_something_whole(tmp_path, placement) -> None:
     assert len(names(tmp_path)) <= 2  # no left-overs
 
 
-# ------------------------------------------------------------------------------------------------------ broken and refused
+# --------------------------------------------------------------------------------------------------- broken and refused
 
 
 def break_shard(path: Path, how: str) -> None:
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused_by_name(change, tmp_path, placement) -> No
     assert all(not tensor.any() for tensor in tensors.values())  # nothing was half loaded
 
 
-# -------------------------------------------------------------------------------------------------------------- disk full
+# ------------------------------------------------------------------------------------------------------------ disk full
 
 
 @contextmanager

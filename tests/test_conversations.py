@@ -2,7 +2,7 @@
 
 import json
 import os
-import pickle
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -218,7 +218,7 @@ def test_lists_and_lines_give_the_same_rows_by_offset(tmp_path, pictures):
         ]
         assert [c.id for c in map(conversations.__getitem__, range(25))] == [str(r["id"]) for r in rows]
         assert conversations.picture_paths(3) == [str(pictures / "a.png")]
-        again = pickle.loads(pickle.dumps(conversations))
+        again = deepcopy(conversations)
         assert again[24] == conversations[24]
 
 

@@ -21,7 +21,8 @@ from aimv2_vlm.train.distributed import Placement
 
 STRATEGIES = list(worker.READS)
 WORKER = Path(worker.__file__)
-pytestmark = pytest.mark.timeout(900)  # one launch goes through all strategies; seconds on idle cores, minutes on busy ones
+# One launch goes through all strategies: about a minute on idle cores, many on busy ones; one xdist worker pays for it.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("distributed")]
 CURVE, GRADIENT = 2e-6, 1e-6  # largest deviation x max(1, loss); relative norm per tensor
 
 
@@ -29,10 +30,14 @@ CURVE, GRADIENT = 2e-6, 1e-6  # largest deviation x max(1, loss); relative norm 
 def out(tmp_path_factory) -> Path:
     """What two processes wrote, going through all strategies in one launch."""
     folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), *STRATEGIES]
+    run = worker.Run("single")
+    run.steps(0, worker.HALF, worker.BATCH)
+    run.save(folder / "half_single", worker.HALF)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    command += [*STRATEGIES, "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = folder / "log.txt"
-    with open(log, "w") as file, subprocess.Popen([*command, "--out", str(folder)], env=environment, stdout=file, stderr=file) as launched:
+    with open(log, "w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as launched:
         try:
             status = launched.wait(timeout=840)
         finally:
@@ -51,7 +56,9 @@ def single() -> SimpleNamespace:
     curve = run.steps(0, 20, worker.BATCH)
     weights = {name: tensor.clone() for name, tensor in run.placement.full_state(run.model).items()}
     extra = run.steps(20, 21, worker.BATCH)
-    return SimpleNamespace(curve=curve, weights=weights, gradient=gradient(worker.BATCH), validation=validation, extra=extra)
+    return SimpleNamespace(
+        curve=curve, weights=weights, gradient=gradient(worker.BATCH), validation=validation, extra=extra
+    )
 
 
 def gradient(size: int) -> dict[str, torch.Tensor]:

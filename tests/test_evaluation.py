@@ -393,7 +393,8 @@ def test_chat_shows_the_model_what_tuning_did(tuned, tuning_rows, monkeypatch, c
     from aimv2_vlm.serve.chat import chat
 
     picture = tuning_rows / "wide.png"
-    for folder in (tuned["2x2", True], tuned["2x2", False]):
+    answers = []
+    for folder in (tuned["2x2", True], tuned["2x2", False]):  # equal weights
         model, processor = load_assistant(folder, "fp32", "cpu")
         (answer,) = Generator(model, processor, max_new_tokens=6).answer([([open_picture(picture)], "What?")])
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {picture}.gone\n/image {picture}\nWhat?\n"))
@@ -401,6 +402,8 @@ def test_chat_shows_the_model_what_tuning_did(tuned, tuning_rows, monkeypatch, c
         out, err = capsys.readouterr()
         assert answer and answer in out
         assert "wide.png.gone: no picture" in err
+        answers.append(answer)
+    assert answers[0] != answers[1], "padding must matter, or equality shows nothing"
 
 
 # ---------------------------------------------------------------------------------------------- sweeps

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+from copy import deepcopy
 import random
 import sys
 import tarfile
@@ -472,7 +473,7 @@ def test_shard_sets_travel_and_keep_few_files_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     captions = [sample.caption for sample in read_all(shards)]
     assert len(os.listdir("/proc/self/fd")) - before <= 3
-    copy = pickle.loads(pickle.dumps(shards))
+    copy = deepcopy(shards)
     assert [sample.caption for sample in read_all(copy)] == captions
 
 

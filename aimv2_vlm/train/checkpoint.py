@@ -1,7 +1,8 @@
 """Checkpoints: sharded safetensors + JSON, visible only when complete, loadable at another number of processes.
 
-`checkpoints/step_00000100/` holds safetensors shards (torch.distributed.checkpoint's Hugging Face writer: no pickle) and
-`state.json` (step, samples, fingerprint, the size of every file). It is written under a temporary name, synced and renamed.
+`checkpoints/step_00000100/` holds safetensors shards (torch.distributed.checkpoint's Hugging Face format: no pickle)
+and `state.json` (step, samples, fingerprint, the size of every file). It is written under a temporary name, synced and
+renamed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -23,23 +25,25 @@ from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
 
 PREFIX, FORMAT = "step_", 1
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)  # what broken files raise
+# What reading a broken file raises.
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
 def _name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ write
+# ---------------------------------------------------------------------------------------------------------------- write
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement, keep_last: int
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement,
+    keep_last: int,
 ) -> None:
-    """Write `tensors` and `state` as `folder/step_<step>`; afterwards all but the `keep_last` newest are removed.
+    """Write `tensors` and `state` as `folder/step_<step>`; then remove all but the `keep_last` newest.
 
     A collective call. Raises UserError on every process when the disk is full or not writable; the previous checkpoint
-    stays as it was.
+    stays as it was. A step that is already there keeps its tensors (a step has one set of weights), its state changes.
     """
     target, temporary = folder / _name(step), folder / f".{_name(step)}.tmp"
     there: list[bool] = []
@@ -62,7 +66,7 @@ def save(
 
     try:
         _together(prepare, target, placement)
-        if placement.any(any(there)):  # saved a moment ago: a step has one set of weights, only the words beside it change
+        if placement.any(any(there)):
             _together(lambda: _restate(target, state, placement), target, placement)
         else:
             _together(write, target, placement)
@@ -88,14 +92,16 @@ def _together(act: Callable[[], None], target: Path, placement: Placement) -> No
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
+    """Each process writes its part. One process needs no plan of who writes what, and is ten times faster without."""
+    if placement.world == 1:
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        (folder / "model-00001-of-00001.safetensors").write_bytes(safetensors.torch.save(whole))
+        return
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=placement.world == 1)
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as wrapped:  # raised on every process, with what happened to each
         error = next((e for e, _ in wrapped.failures.values()), None)
         raise error or wrapped from None
@@ -131,7 +137,7 @@ def rotate(folder: Path, keep_last: int) -> None:
     _remove_leftovers(folder)
     complete = [path for path in sorted(folder.glob(f"{PREFIX}*")) if not _verify(path)[0]]
     for old in set(folder.glob(f"{PREFIX}*")) - set(complete[-max(1, keep_last) :]):
-        doomed = folder / f".{old.name}.tmp"  # a kill in the middle of removing must not leave half a checkpoint under its name
+        doomed = folder / f".{old.name}.tmp"  # a kill while removing must not leave half a checkpoint under its name
         os.replace(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -141,7 +147,7 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------- read
+# ----------------------------------------------------------------------------------------------------------------- read
 
 
 def newest(folder: Path, placement: Placement) -> tuple[Path, dict[str, Any]] | None:
@@ -194,11 +200,12 @@ def load(path: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> 
     try:
         stored = {name: list(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
     except BROKEN as error:
-        raise UserError(f"{path}: cannot be read ({error!r}); remove this checkpoint, the run goes on from the one before") from None
+        raise UserError(f"{path}: cannot be read ({error!r}); remove it, the run goes on from the one before") from None
     mine = [json.dumps([name, list(tensor.shape)]) for name, tensor in tensors.items()]
     wanted = dict(map(json.loads, placement.gather_strings(mine)))  # under ZeRO each process holds some of the names
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    reshaped = [f"{n} {stored[n]} against {wanted[n]}" for n in sorted(wanted.keys() & stored.keys()) if stored[n] != wanted[n]]
+    common = sorted(wanted.keys() & stored.keys())
+    reshaped = [f"{name} {stored[name]} against {wanted[name]}" for name in common if stored[name] != wanted[name]]
     if missing or extra or reshaped:
         raise UserError(f"{path}: does not fit this model: missing {_some(missing)}; unexpected {_some(extra)}; "
                         f"other shapes {_some(reshaped)}; use the recipe it was made with, or --restart")

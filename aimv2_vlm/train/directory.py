@@ -118,6 +118,9 @@ class RunDirectory:
 
     def publish(self, write: Any) -> None:
         """Fill a temporary folder with `write(folder)`, then give it the name `final`."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a bar for writing one file would only hide the run's own lines
         temporary = self.path / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

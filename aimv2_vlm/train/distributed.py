@@ -1,8 +1,8 @@
 """Placing a model on one process, DDP, FSDP2 or DeepSpeed ZeRO, behind one small interface.
 
-accelerate finds the processes, devices and backend (torchrun, `accelerate launch`, several machines) and wraps for DDP. Its
-FSDP and DeepSpeed plug-ins refuse CPUs and decide on clipping, accumulation and precision themselves, so that FSDP2 is
-torch's `fully_shard` and ZeRO is DeepSpeed's own engine (zero.py), on accelerate's process group.
+accelerate finds the processes, devices and backend (torchrun, `accelerate launch`, several machines) and wraps for DDP.
+Its FSDP and DeepSpeed plug-ins do not run on CPUs and decide on clipping, accumulation and precision themselves; so
+FSDP2 is torch's `fully_shard` and ZeRO is DeepSpeed's own engine (zero.py), on accelerate's process group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ OptimizerMaker = Callable[[torch.nn.Module], torch.optim.Optimizer]
 class Placement:
     """Where this process stands (`rank` of `world`, `device`, `precision`) and how weights and gradients travel.
 
-    The loss handed to `backward` is already divided by global counts and multiplied by `world` (design: sums and counts are
+    The loss handed to `backward` is already divided by global counts and multiplied by `world` (sums and counts are
     divided once), because DDP, FSDP2 and ZeRO average gradients over processes.
     """
 
@@ -46,14 +45,15 @@ class Placement:
         if strategy == "auto":
             strategy = "ddp" if world > 1 else "single"
         if strategy == "single" and world > 1:
-            raise UserError(f"train.strategy: single, but {world} processes were launched; use ddp, fsdp2, zero2 or zero3")
+            raise UserError(f"train.strategy: single, but {world} processes were launched; use ddp, fsdp2, zero2 or "
+                            "zero3")
         if strategy != "single" and world == 1:
             raise UserError(f"train.strategy: {strategy}, but one process was launched; use single, or start "
                             "`torchrun --nproc_per_node N -m aimv2_vlm ...`")
         for plugin in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
             if os.environ.get(plugin, "false").lower() == "true":
-                raise UserError(f"train.strategy: {strategy}, but `accelerate launch` set {plugin}; launch with plain --multi_gpu "
-                                "or --multi_cpu, the recipe alone chooses the strategy")
+                raise UserError(f"train.strategy: {strategy}, but `accelerate launch` set {plugin}; launch with plain "
+                                "--multi_gpu or --multi_cpu, the recipe alone chooses the strategy")
         self.strategy = strategy
         self.precision = choose_precision(precision)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
@@ -61,11 +61,15 @@ class Placement:
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
 
-    # --------------------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------------------------- one step
 
-    def place(self, model: torch.nn.Module, make_optimizer: OptimizerMaker) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """`model` wrapped for this strategy and the optimizer of its trainable parameters; every process starts from rank 0's
-        weights."""
+    def place(
+        self, model: torch.nn.Module, make_optimizer: OptimizerMaker
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """`model` wrapped for this strategy and the optimizer of its trainable parameters.
+
+        Every process starts from rank 0's weights.
+        """
         if self.strategy == "fsdp2":
             self._shard(model.to(self.device))
             return model, make_optimizer(model)
@@ -97,7 +101,7 @@ class Placement:
 
     @contextlib.contextmanager
     def accumulate(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
-        """DDP exchanges gradients in the last micro-batch of a step only; the sharded strategies have no room to wait."""
+        """DDP exchanges gradients in the last micro-batch of a step only; sharded strategies have no room to wait."""
         if self.strategy == "ddp" and not last:
             with model.no_sync():
                 yield
@@ -108,7 +112,7 @@ class Placement:
         loss.backward()
 
     def step(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> torch.Tensor:
-        """Clip to `clip` (0: no clipping), step, clear. Returns the global gradient norm before clipping, on the device.
+        """Clip to `clip` (0: no clipping), step, clear. Returns the global norm before clipping, on the device.
 
         A norm that is not finite leaves weights and step counters untouched on every process alike, without the host
         having to look: fused AdamW divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
@@ -151,7 +155,8 @@ class Placement:
         padded[: len(mine)] = mine
         parts = [torch.zeros_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
-        return [s for size, part in zip(sizes, parts, strict=True) for s in json.loads(bytes(part[: int(size)].tolist()))]
+        lists = [json.loads(bytes(part[: int(size)].tolist())) for size, part in zip(sizes, parts, strict=True)]
+        return [text for texts in lists for text in texts]
 
     def any(self, flag: bool) -> bool:
         return self.sum_counts({"flag": int(flag)})["flag"] > 0
@@ -181,10 +186,10 @@ class Placement:
         return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
     def state_tensors(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """Trained weights and AdamW moments under the same flat names in every strategy: `model.<name>`, `exp_avg.<name>`,
-        `exp_avg_sq.<name>`, `step.<name>`.
+        """Trained weights and AdamW moments as `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`.
 
-        Whole tensors where they are replicated, DTensors under FSDP2; under ZeRO each process holds some of the names.
+        The same names and shapes in every strategy: whole tensors where they are replicated, DTensors under FSDP2;
+        under ZeRO each process holds some of the names.
         Fill them in place and call `after_load` to restore a run. A collective call.
         """
         tensors = {}
@@ -199,8 +204,10 @@ class Placement:
                 tensors[f"{key}.{name}"] = state[key]
         return tensors
 
-    def after_load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-        """Make `tensors` (what `state_tensors` gave, filled anew) the state of the run. Here they are the live tensors."""
+    def after_load(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Make `tensors` (what `state_tensors` gave, filled anew) the run's state. Here they are the live tensors."""
 
     def full_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         """The unwrapped model's whole state dict on the CPU of rank 0, None elsewhere: what `final/` is written from.

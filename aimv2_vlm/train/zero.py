@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-2 and ZeRO-3 behind `Placement`'s interface; the only file that knows DeepSpeed's inside.
 
-DeepSpeed keeps AdamW's state and fp32 weights as flat pieces per process. `_fragment` finds a parameter's piece, so that
-checkpoints carry the same names and shapes as everywhere else and no DeepSpeed checkpoint (a pickle) is ever written.
+DeepSpeed keeps AdamW's state and fp32 weights as flat pieces per process. `_fragment` finds a parameter's piece, so
+that checkpoints carry the same names and shapes as everywhere else and no DeepSpeed checkpoint (a pickle) is written.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ZeroPlacement(Placement):
                 "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
             },
         }
-        if self.precision == "bf16":  # fp32 weights and fp32 exchange of gradients, as the other strategies under autocast
+        if self.precision == "bf16":  # weights and their exchange stay fp32, as in the other strategies
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         return config
 
@@ -73,7 +73,7 @@ class ZeroPlacement(Placement):
         return model.module
 
     def state_tensors(self, model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        """Whole tensors; the k-th trained parameter's are gathered on process k mod world, so that all share the writing."""
+        """Whole tensors; those of trained parameter k are gathered on process k mod world, so that all write."""
         self._make_moments(optimizer)
         tensors = {}
         for name, parameter, owner in self._owned(model):
@@ -144,7 +144,8 @@ class ZeroPlacement(Placement):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         if self.stage == 3:
-            piece = (safe_get_local_fp32_param(parameter) if kind == "model" else safe_get_local_optimizer_state(parameter, kind))
+            weight = kind == "model"
+            piece = safe_get_local_fp32_param(parameter) if weight else safe_get_local_optimizer_state(parameter, kind)
             start = min(self.rank * len(piece), parameter.ds_numel)
             return start, piece[: parameter.ds_numel - start].detach()  # the last pieces are padded
         if parameter._hp_mapping is None:  # lies wholly with other processes
@@ -170,11 +171,11 @@ def _import_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f"train.strategy: zero2 and zero3 need DeepSpeed ({error}); pip install 'aimv2-vlm[deepspeed]', "
-                        "or use fsdp2, which shards as much") from None
+        raise UserError(f"train.strategy: zero2 and zero3 need DeepSpeed ({error}); "
+                        "pip install 'aimv2-vlm[deepspeed]', or use fsdp2, which shards as much") from None
     import deepspeed.ops
 
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.ops.__compatible_ops__ = {}  # what may be compiled here; read once, when the exchange is set up
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
