@@ -56,7 +56,7 @@ def make_optimizer(model: AIMv2ForPreTraining) -> torch.optim.Optimizer:
 
 
 def sample_rows(step: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step: captions of 1 to 12 tokens, prefixes of any length, now and then a hole (weight 0)."""
+    """The global batch of a step: captions of 1 to 12 tokens, prefixes of any length, at times a hole (weight 0)."""
     generator = torch.Generator().manual_seed(1000 + step)
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:

@@ -135,7 +135,7 @@ def set_tiling(model: Any, processor: Any, tiling: str) -> None:
     vision = model.config.vision_config
     other = Tiling.parse(tiling, tile_size=vision.image_size, patch_size=vision.patch_size)
     if other.single:
-        raise UserError("tiling: 1x1 needs a Llava checkpoint; this one is LlavaNext, which adds an overview to its tiles")
+        raise UserError("tiling: 1x1 needs a Llava checkpoint; this one is LlavaNext and adds an overview to its tiles")
     model.config.image_grid_pinpoints = [list(other.resolution)]
     processor.image_processor.image_grid_pinpoints = [list(other.resolution)]
 
