@@ -56,7 +56,10 @@ class Placement:
                                 "--multi_gpu or --multi_cpu, the recipe alone chooses the strategy")
         self.strategy = strategy
         self.precision = choose_precision(precision)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        cpu = not torch.cuda.is_available()
+        if cpu:  # an installed DeepSpeed, which transformers imports when it saves a model, guesses aloud otherwise
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.is_main = self.rank == 0

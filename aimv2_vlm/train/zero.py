@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from typing import Any
 
 import torch
@@ -166,8 +165,6 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, and on a CPU without compiling its shared-memory exchange (gloo does that work)."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
