@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.train.directory import sync_tree, write_atomically
+from aimv2_vlm.train.directory import fsync_path, sync_tree, write_atomically
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
 
@@ -114,22 +114,14 @@ def _publish(temporary: Path, target: Path, state: dict[str, Any]) -> None:
     if target.exists():  # incomplete, or `save` would have kept it
         shutil.rmtree(target)
     os.replace(temporary, target)
-    _sync_folder(target.parent)
+    fsync_path(target.parent)
 
 
 def _restate(target: Path, state: dict[str, Any], placement: Placement) -> None:
     if placement.is_main:
         old = json.loads((target / "state.json").read_text(encoding="utf-8"))
         write_atomically(target / "state.json", json.dumps(old | state, indent=1))
-        _sync_folder(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_path(target)
 
 
 def rotate(folder: Path, keep_last: int) -> None:

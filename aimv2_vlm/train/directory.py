@@ -142,11 +142,12 @@ def sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, so that a rename after it publishes whole files."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _fsync(os.path.join(parent, name))
-        _fsync(parent)
+            fsync_path(os.path.join(parent, name))
+        fsync_path(parent)
 
 
-def _fsync(path: str) -> None:
+def fsync_path(path: str | os.PathLike) -> None:
+    """fsync a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
