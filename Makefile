@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-eval
 	$(VENV)/bin/aimv2-vlm demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 
 clean-venv:
 	rm -rf $(VENV)

@@ -160,6 +160,7 @@ def exercise(strategy: str, out: Path, num_steps: int) -> dict[str, Any]:
     run = Run(strategy)
     result: dict[str, Any] = {"validation": run.validation()}
     result["curve"] = run.steps(0, HALF, 3)
+    run.validation()  # a forward pass without a backward one just before saving
     run.save(out / f"half_{strategy}", HALF)
     result["curve"] += run.steps(HALF, num_steps, 3)
     state = run.placement.full_state(run.model)

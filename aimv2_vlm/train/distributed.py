@@ -196,9 +196,13 @@ class Placement:
         Fill them in place and call `after_load` to restore a run. A collective call.
         """
         tensors = {}
+        self._reshard(model)
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.unwrap(model).named_parameters():
             if not parameter.requires_grad:
                 continue
+            if id(parameter) not in stepped:
+                raise RuntimeError(f"{name} is trainable but not in the optimizer: its moments would be lost")
             state = optimizer.state[parameter]
             if "exp_avg" not in state:
                 state |= fresh_moments(parameter)
@@ -217,6 +221,7 @@ class Placement:
 
         A collective call. Tied names share one tensor, as in `state_dict()`.
         """
+        self._reshard(model)
         whole: dict[str, torch.Tensor] = {}
         seen: dict[int, torch.Tensor] = {}
         for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
@@ -225,6 +230,12 @@ class Placement:
                 seen[id(tensor)] = gathered.detach().cpu() if self.is_main else tensor
             whole[name] = seen[id(tensor)]
         return whole if self.is_main else None
+
+    def _reshard(self, model: torch.nn.Module) -> None:
+        """After a forward pass without a backward one (validation) FSDP2's outermost unit still shows whole weights."""
+        for module in model.modules() if self.strategy == "fsdp2" else ():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,15 @@ def validate_pairs(objective: AIMv2Objective, model: torch.nn.Module, data: Pair
     """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
     total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size
     mine = range(placement.rank, total, placement.world)
-    return validate(objective, model, (data.validation(mine[i : i + size]) for i in range(0, len(mine), size)), placement)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        # As many on every process: FSDP2 and ZeRO-3 exchange weights in each forward pass.
+        for i in range(math.ceil(math.ceil(total / placement.world) / size)):
+            positions = mine[i * size : (i + 1) * size]
+            batch = data.validation(positions or [0])
+            yield batch if positions else batch | {"weights": torch.zeros_like(batch["weights"]), "bad": []}
+
+    return validate(objective, model, batches(), placement)
 
 
 def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: PretrainRecipe, tokenizer: CaptionTokenizer) -> None:
