@@ -81,14 +81,16 @@ class Progress:
                             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
                             console=Console(stderr=True))
             self._task = self._bar.add_task(what, total=total, completed=done, note="")
-            self._bar.start()
 
     def update(self, done: int, note: str = "") -> None:
         self.done = done
         if not self.enabled:
             return
         if self._bar is not None:
+            self._bar.start()  # with the first news, so that a bar without any never shows
             self._bar.update(self._task, completed=done, note=note)
+            if done >= self.total:
+                self.close()
             return
         now = time.monotonic()
         if done >= self.total or now - self._last >= 10:
