@@ -77,7 +77,7 @@ def untrained(out: Path, common: list[str]) -> None:
     model = seeded(recipe.seed, lambda: build_pretraining_model(recipe, tokenizer.vocab_size))
     (out / "partial").mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes((trained / "tokenizer.model").read_bytes())
-    write_pretrained(out / "partial", model, recipe=recipe, tokenizer=tokenizer)
+    write_pretrained(out / "partial", model, recipe=recipe)
     (out / "partial").rename(out / "final")
 
 

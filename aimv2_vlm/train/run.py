@@ -57,7 +57,7 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
             report=pair_report(data), what="pre-training",
             validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
         )
-        publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe, tokenizer=tokenizer))
+        publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe))
     return close_run(directory, placement, "pre-training")
 
 
@@ -92,11 +92,13 @@ def pair_data(
 
     tokenizer, data, held_out = placement.main_first(build)
     directory.write_json("data_report.json", pair_report(data))
+    bad = data.bad_samples()
+    total = data.num_samples + len(bad)
     if placement.is_main:
-        say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {len(data.bad_samples()):,} bad ones left out")
-    if len(data.bad_samples()) > recipe.data.max_bad_fraction * (data.num_samples + len(data.bad_samples())):
-        raise UserError(f"data.sources: {len(data.bad_samples())} of {data.num_samples + len(data.bad_samples())} samples are bad, above "
-                        f"max_bad_fraction {recipe.data.max_bad_fraction:g} (first: {data.bad_samples()[0]}); see data_report.json")
+        say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {len(bad):,} bad ones left out")
+    if len(bad) > recipe.data.max_bad_fraction * total:
+        raise UserError(f"data.sources: {len(bad)} of {total} samples are bad, above max_bad_fraction {recipe.data.max_bad_fraction:g} "
+                        f"(first: {bad[0]}); see data_report.json")
     return tokenizer, data, held_out
 
 
@@ -172,8 +174,8 @@ def validate_pairs(objective: AIMv2Objective, model: torch.nn.Module, data: Pair
     return validate(objective, model, batches(), placement)
 
 
-def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: PretrainRecipe, tokenizer: CaptionTokenizer) -> None:
-    """`final/`: encoder + image processor for plain AutoModel; `final/pretraining/`: decoder, heads, tokenizer."""
+def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: PretrainRecipe) -> None:
+    """`final/`: encoder + image processor for plain AutoModel; `final/pretraining/`: decoder, heads, the run's tokenizer.model."""
     from transformers import CLIPImageProcessor
 
     size = recipe.image.size
