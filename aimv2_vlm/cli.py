@@ -122,7 +122,8 @@ def stoppable(work) -> int:
     try:
         result = work()
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        if str(stop):
+            print(stop, file=sys.stderr)
         return stop.exit_code
     return result if isinstance(result, int) else 0
 

@@ -7,7 +7,6 @@ import json
 from conftest import TINY_PRETRAINING, TINY_TUNING
 
 from aimv2_vlm import demo
-from aimv2_vlm.recipe import load_recipe
 
 SMALL = {
     "pretrain": [*TINY_PRETRAINING, "optim.steps=4"],
@@ -21,13 +20,12 @@ def test_the_demo_goes_from_nothing_to_a_report_and_a_second_start_repeats_nothi
     monkeypatch.setattr(demo, "HELD_OUT_SAMPLES", 8)
     monkeypatch.setattr(demo, "TUNING_PICTURES", 12)
     monkeypatch.setattr(demo, "TEST_PICTURES", 6)
-    monkeypatch.setattr(demo, "load_recipe", lambda verb, name, more: load_recipe(verb, name, [*more, *SMALL[verb]]))
     out = tmp_path / "demo"
-    assert demo.demo(str(out)) == 0
+    assert demo.demo(str(out), overrides=SMALL) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in ("1x1", "2x2", "2x2 upsampled", "scenes_print")) and "http://" not in page.replace("http://www.w3.org", "")
     made = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".safetensors", ".tar", ".parquet", ".bin")}
-    assert demo.demo(str(out)) == 0
+    assert demo.demo(str(out), overrides=SMALL) == 0
     assert made == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".safetensors", ".tar", ".parquet", ".bin")}
     cells = [json.loads(line) for line in (out / "eval" / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(cells) == 3 * 2 * 3 and {c["source_size"] for c in cells} == {None, 56}

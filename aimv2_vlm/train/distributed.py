@@ -39,8 +39,10 @@ class Placement:
         """Raises UserError where the strategy and the processes launched do not go together."""
         from accelerate import Accelerator
 
+        from aimv2_vlm.train import launch
         from aimv2_vlm.train.precision import choose_precision
 
+        launch.join()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if strategy == "auto":
             strategy = "ddp" if world > 1 else "single"

@@ -30,7 +30,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start t
 
 
 class Stopped(Exception):
-    """The run left early on purpose (signal or `train.stop_after`); everything is saved."""
+    """The run left early on purpose (signal or `train.stop_after`); everything is saved. An empty message: already told."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -219,6 +219,9 @@ def train(
                    "bad": bad.state(), "stopped": stopped}
         checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last)
 
+    def stopped(message: str, exit_code: int) -> Stopped:
+        return Stopped(message if placement.is_main else "", exit_code)
+
     model.train()
     steps = fetch_steps(StepDataset(micro_batches, optim.steps), step, loop.num_workers)
     saved_step = step
@@ -233,7 +236,7 @@ def train(
                 if counts["stop"]:
                     if step > saved_step:
                         save(stop.name or "signal")
-                    raise Stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
+                    raise stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
                 rate = learning_rate(step, optim)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
@@ -266,7 +269,7 @@ def train(
                 if loop.stop_after is not None and step >= loop.stop_after and not last:
                     if step > saved_step:
                         save("stop_after")
-                    raise Stopped(f"{what}: left after step {step} as train.stop_after says", 0)
+                    raise stopped(f"{what}: left after step {step} as train.stop_after says", 0)
         finally:
             progress.close()
             if log is not None:

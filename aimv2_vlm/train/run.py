@@ -49,7 +49,7 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
         rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size)
         model = seeded(recipe.seed, rebuild)
         objective = AIMv2Objective(recipe.objective.pixel_weight, num_patches(recipe), recipe.image.mean, recipe.image.std)
-        model, optimizer = placement.place(model, partial(make_optimizer, optim=optim, roles=model.parameter_roles()))
+        model, optimizer = placement.place(model, partial(make_optimizer, optim=optim, placement=placement, roles=model.parameter_roles()))
         train(
             directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
             micro_batches=PairSteps(data, optim, placement), optim=optim, loop=recipe.train, fingerprint=data.fingerprint(),
@@ -203,7 +203,8 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
                                   tiling, processor.image_processor, features, max_length(recipe, assistant))
         model, optimizer = placement.place(
-            AssistantForTraining(assistant), partial(make_optimizer, optim=optim, connector_lr_scale=recipe.connector_lr_scale))
+            AssistantForTraining(assistant),
+            partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
         train(
             directory=directory, placement=placement, objective=InstructionObjective(), model=model, optimizer=optimizer,
             micro_batches=ConversationSteps(data, optim, placement, recipe.seed), optim=optim, loop=recipe.train,
@@ -347,14 +348,15 @@ def seeded(seed: int, build: Callable[[], Any]) -> Any:
     return build()
 
 
-def make_optimizer(model: torch.nn.Module, *, optim: Optimizer, roles: dict[str, str] | None = None,
+def make_optimizer(model: torch.nn.Module, *, optim: Optimizer, placement: Placement, roles: dict[str, str] | None = None,
                    connector_lr_scale: float = 1.0) -> torch.optim.Optimizer:
     """AdamW of the trainable parameters; without `roles` (tuning) everything is decayed, as torch's AdamW does."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     scales = {name: connector_lr_scale for name in names if part_of(name) == "connector"} if roles is None else {}
     groups = parameter_groups(model.named_parameters(), roles or dict.fromkeys(names, "weight"), optim, scales)
-    for line in describe(groups):
-        say(line)
+    if placement.is_main:
+        for line in describe(groups):
+            say(line)
     return build_optimizer(groups, optim)
 
 
