@@ -13,7 +13,7 @@ from aimv2_vlm.recipe import load_recipe
 from aimv2_vlm.train.metrics import Progress, format_seconds, say
 
 PRETRAINING_SAMPLES, HELD_OUT_SAMPLES, DETAIL_SHARE = 24_000, 512, 0.67
-TUNING_PICTURES, TEST_PICTURES = 3_000, 200
+TUNING_PICTURES, QUESTIONED, TEST_PICTURES = 4_000, 2, 200
 ARMS = ("1x1", "2x2")  # one assistant per resolution, as in the paper's Figure 5
 
 
@@ -78,8 +78,9 @@ def write_data(root: Path, split: str) -> None:
 
     scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, detail_share=DETAIL_SHARE, progress=bar("drawing shards"))
     scenes.write_pretraining_shards(root / "held_out", "dev", HELD_OUT_SAMPLES, progress=bar("drawing held-out shards"))
-    scenes.write_conversations(root / "conversations", "train", TUNING_PICTURES, progress=bar("drawing conversations"))
-    asked = (scenes.HELD_OUT,) if split == "test" else scenes.HELD_OUT_CANDIDATES
+    asked = (scenes.HELD_OUT,)
+    scenes.write_conversations(root / "conversations", "train", TUNING_PICTURES, held_out=asked, questioned=QUESTIONED,
+                               progress=bar("drawing conversations"))
     scenes.write_benchmarks(root / "benchmarks", split, TEST_PICTURES, held_out=asked, progress=bar("drawing benchmarks"))
 
 

@@ -37,27 +37,33 @@ RESULTS = Path(__file__).parent / "results" / "demo_controls.jsonl"
 def run_seed(root: Path, seed: int, split: str) -> None:
     """Every training run and evaluation of one seed; what is finished is passed over."""
     from aimv2_vlm.evaluation.sweep import run_sweep
-    from aimv2_vlm.train.run import pretrain, sft
 
     data = root / "data"
     demo.write_data(data, split)
     here = root / f"seed_{seed}"
     common = [f"data_root={data}", f"seed={seed}", "train.trackers=[]"]
-    for arm, shuffled in (("pretrained", "false"), ("shuffled", "true")):
-        say(f"== seed {seed}: pre-training, {arm} captions")
-        pretrain(load_recipe("pretrain", "demo_scenes", [*common, f"out={here / arm}", f"objective.shuffle_captions={shuffled}"]))
-    untrained(here / "random", common)
-    base = load_recipe("sft", "demo_scenes_1x1", common)
-    longer = round(base.optim.steps * (1 + pretraining_flops(common) / tuning_flops(common)))
-    plans = [("pretrained", "1x1", []), ("pretrained", "2x2", []), ("pretrained", "2x2_upsampled", []), ("shuffled", "1x1", []),
-             ("random", "1x1", [f"optim.steps={longer}"])]
+
+    def pretrain(arm: str, shuffled: str) -> None:
+        say(f"== seed {seed}: pre-training, {arm}")
+        demo.train("pretrain", "demo_scenes", [*common, f"out={here / arm}", f"objective.shuffle_captions={shuffled}"])
+
     models = []
-    for arm, grid, more in plans:
+
+    def tune(arm: str, grid: str, *more: str) -> None:
         say(f"== seed {seed}: tuning {arm} {grid}")
         out = here / f"sft_{arm}_{grid}"
-        sft(load_recipe("sft", f"demo_scenes_{grid}", [*common, f"out={out}", f"encoder.path={here / arm / 'final'}", *more]))
-        source = VIEW if grid == "2x2_upsampled" else None
-        models.append({"name": f"{arm} {grid}", "path": str(out / "final"), "source_size": source})
+        demo.train("sft", f"demo_scenes_{grid}", [*common, f"out={out}", f"encoder.path={here / arm / 'final'}", *more])
+        models.append({"name": f"{arm} {grid}", "path": str(out / "final"), "source_size": VIEW if grid == "2x2_upsampled" else None})
+
+    pretrain("pretrained", "false")
+    for grid in ("1x1", "2x2", "2x2_upsampled"):
+        tune("pretrained", grid)
+    pretrain("shuffled", "true")
+    tune("shuffled", "1x1")
+    untrained(here / "random", common)
+    steps = load_recipe("sft", "demo_scenes_1x1", common).optim.steps
+    longer = round(steps * (1 + pretraining_flops(common) / tuning_flops(common, here / "sft_pretrained_1x1")))
+    tune("random", "1x1", f"optim.steps={longer}")
     config = load_recipe("eval", "demo_scenes", [f"data_root={data}", f"seed={seed}", f"out={here / 'eval'}", f"models={json.dumps(models)}"])
     if run_sweep(config, progress=say):
         raise SystemExit(f"{here / 'eval'}: the evaluation is incomplete; see failed.jsonl")
@@ -91,11 +97,11 @@ def pretraining_flops(common: list[str]) -> float:
     return 6.0 * per_picture * r.optim.steps * r.optim.batch_size
 
 
-def tuning_flops(common: list[str]) -> float:
-    """Model FLOPs of the 1x1 tuning run (frozen features are cached: the encoder runs once a picture)."""
-    r = load_recipe("sft", "demo_scenes_1x1", common)
-    llm = r.llm.num_layers * (4 * r.llm.hidden_size**2 + 3 * r.llm.hidden_size * r.llm.intermediate_size)
-    return 6.0 * llm * 230 * r.optim.steps * r.optim.batch_size  # a row has about 230 tokens
+def tuning_flops(common: list[str], run: Path) -> float:
+    """Model FLOPs of the 1x1 tuning `run` (frozen features are cached: the encoder runs once a picture)."""
+    llm = load_recipe("sft", "demo_scenes_1x1", common).llm
+    tokens = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["tokens"]
+    return 6.0 * llm.num_layers * (4 * llm.hidden_size**2 + 3 * llm.hidden_size * llm.intermediate_size) * tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading

@@ -381,7 +381,7 @@ def test_resolution_gain_is_large_on_small_print_and_none_on_large(made):
     heights = PrintHeights(evaluation, sides)
     small = resolution_gain(heights, real, upsampled, 0, SMALL_PRINT)
     large = resolution_gain(heights, real, upsampled, LARGE_PRINT, math.inf)
-    samples = {s["id"]: s["points"] for s in evaluation.samples(real, "scenes_print") if s["print_height"] < 12}
+    samples = {s["id"]: s["points"] for s in evaluation.samples(real, "scenes_print") if s["print_height"] < 2 * SMALL_PRINT}
     others = {s["id"]: s["points"] for s in evaluation.samples(upsampled, "scenes_print")}
     assert small.value == pytest.approx(sum(samples[i] - others[i] for i in samples) / len(samples))
     assert small.num_questions == len(samples)

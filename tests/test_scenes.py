@@ -315,24 +315,42 @@ def _contents(folder):
 
 def test_conversations_are_valid_llava(written):
     rows = json.loads((written / "conversations" / "conversations.json").read_text())
-    assert len(rows) == 30 == len({row["id"] for row in rows})
+    assert len(rows) == 60 == len({row["id"] for row in rows})
     attributes = Counter()
     for i, row in enumerate(rows):
         assert set(row) == {"id", "image", "conversations"}
         with Image.open(written / "conversations" / "images" / row["image"]) as picture:
             assert picture.format == "JPEG" and picture.size == (S.SCENE_SIZE, S.SCENE_SIZE)
         turns = row["conversations"]
-        assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2) and 4 <= len(turns) // 2 <= 7
+        assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert turns[0]["value"].startswith("<image>\n") and sum(t["value"].count("<image>") for t in turns) == 1
         assert all(t["value"].strip() for t in turns)
-        by_prompt = {S.prompt(q): q for q in S.questions(S.make_scene("train", S.FIRST_CONVERSATION + i))}
-        asked = [by_prompt[t["value"].removeprefix("<image>\n")] for t in turns[::2]]
+        scene = S.make_scene("train", S.FIRST_CONVERSATION + i // 2)
+        if i % 2 == 0:
+            said = turns[1]["value"]
+            for digit in scene.digits:
+                said = said.replace(f"handwritten {digit.value}", f"handwritten {S.DIGIT_WORDS[digit.value]}")
+            assert turns[0]["value"] == f"<image>\n{S.CAPTION_PROMPT}" and said == S.alt_text(scene)
+            continue
+        assert 4 <= len(turns) // 2 <= 7
+        said, asked, suffix = [t["value"].removeprefix("<image>\n") for t in turns[::2]], [], None
+        for text in said:  # every prompt is a known question's, with its suffix unless the turn before had the same
+            question = next(q for q in S.questions(scene) if text in (S.prompt(q), S.prompt(q._replace(suffix="caption"))))
+            assert (text == S.prompt(question)) == (question.suffix != suffix)
+            suffix = question.suffix
+            asked.append(question)
         assert [S.reply(q) for q in asked] == [t["value"] for t in turns[1::2]] and len(set(asked)) == len(asked)
         assert {q.attribute for q in asked} & {"word", "number"} and {q.attribute for q in asked} & set(
             S.HELD_OUT_CANDIDATES
         )
         attributes.update(q.attribute for q in asked)
-    assert set(attributes) == {a for group in S.BENCHMARKS.values() for a in group}
+    assert set(attributes) | {"caption"} == {a for group in S.BENCHMARKS.values() for a in group}
+
+
+def test_only_some_pictures_are_asked_about(tmp_path):
+    path = S.write_conversations(tmp_path / "conversations", "train", 7, workers=1, questioned=3)
+    ids = [row["id"] for row in json.loads(path.read_text())]
+    assert len(ids) == 7 + 3 and [i.rsplit("-", 1)[1] for i in ids[:3]] == ["description", "questions", "description"]
 
 
 def test_held_out_argument_limits_the_candidates():

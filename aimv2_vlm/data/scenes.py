@@ -76,7 +76,7 @@ TEXTURES = ("stripes", "checks", "dots", "grain")
 INKS = ("dark", "light")
 PLATES = ("dark", "light", "none")
 HELD_OUT_CANDIDATES = ("fill", "texture", "ink", "plate")  # drawn and asked about, named by no caption
-HELD_OUT = "fill"  # chosen on dev; the one that claims are made about
+HELD_OUT = "plate"  # chosen on dev; the one that claims are made about
 
 SINGLE_WORD = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
@@ -681,25 +681,27 @@ def write_conversations(
     workers: int = 2,
     held_out: Sequence[str] = HELD_OUT_CANDIDATES,
     turns: tuple[int, int] = (4, 7),
+    questioned: int = 1,
     quality: int = 92,
     progress: Progress | None = None,
 ) -> Path:
-    """LLaVA conversations: `out_dir/conversations.json` with pictures under `out_dir/images/`; one row per picture.
+    """LLaVA conversations: `out_dir/conversations.json` with pictures under `out_dir/images/`.
 
-    `turns` = fewest and most questions a picture; print and a held-out attribute are always among them. Returns the
-    JSON's path.
+    Every picture has a row with its description, every `questioned`-th one also a row of questions. `turns` = fewest
+    and most questions a row; print and a held-out attribute are always among them. Returns the JSON's path.
     """
-    parameters = dict(what="conversations", split=split, num_pictures=num_pictures, seed=seed)
+    parameters = dict(what="conversations", split=split, num_pictures=num_pictures, seed=seed, questioned=questioned)
     parameters |= dict(held_out=_check_held_out(held_out), turns=list(turns), quality=quality)
     with _finished_folder(out_dir, parameters) as folder:
         if folder:
             (folder / "images").mkdir()
             rows = []
             wanted = [(split, FIRST_CONVERSATION + i, "scene", seed) for i in range(num_pictures)]
-            for scene, jpeg in _pictures(wanted, quality, workers, progress):
-                row = conversation(scene, held_out, turns)
-                (folder / "images" / row["image"]).write_bytes(jpeg)
-                rows.append(row)
+            for i, (scene, jpeg) in enumerate(_pictures(wanted, quality, workers, progress)):
+                rows.append(description(scene))
+                (folder / "images" / rows[-1]["image"]).write_bytes(jpeg)
+                if i % questioned == 0:
+                    rows.append(conversation(scene, held_out, turns))
             (folder / "conversations.json").write_text(json.dumps(rows, indent=0))
     return Path(out_dir) / "conversations.json"
 
@@ -711,21 +713,32 @@ def _check_held_out(held_out: Sequence[str]) -> list[str]:
 
 
 def conversation(scene: Scene, held_out: Sequence[str] = HELD_OUT_CANDIDATES, turns: tuple[int, int] = (4, 7)) -> dict:
-    """One LLaVA row: several questions about one picture in shuffled order, `<image>` in the first turn."""
+    """One LLaVA row: several questions about one picture in shuffled order, `<image>` in the first turn. As in LLaVA's own
+    mixture a turn repeats the suffix of its prompt only where it differs from the turn before."""
     random = Random(f"conversation/{scene.seed}/{scene.split}/{scene.kind}/{scene.index}")
-    pool = [q for q in questions(scene) if q.attribute in held_out or q.attribute not in HELD_OUT_CANDIDATES]
+    pool = [q for q in questions(scene) if q.attribute in held_out or q.attribute not in (*HELD_OUT_CANDIDATES, "caption")]
     random.shuffle(pool)
-    rare = {"caption", "choice"}  # long answers and letters: mostly asked when the short answers run out
-    pool.sort(key=lambda q: q.attribute in rare and random.random() < 0.6)
     asked = [next((q for q in pool if wanted(q)), None) for wanted in (_is_print, lambda q: q.attribute in held_out)]
     asked = [q for q in asked if q]
     asked += [q for q in pool if q not in asked][: random.randint(*turns) - len(asked)]
     random.shuffle(asked)
+    said = [prompt(q if i == 0 or q.suffix != asked[i - 1].suffix else q._replace(suffix="caption")) for i, q in enumerate(asked)]
+    return _row(scene, "questions", zip(said, map(reply, asked), strict=True))
+
+
+def description(scene: Scene) -> dict:
+    """One LLaVA row: the caption prompt, answered by the alt text with digits as answers write them (3, not three)."""
+    text = alt_text(scene)
+    for digit in scene.digits:
+        text = text.replace(f"handwritten {DIGIT_WORDS[digit.value]}", f"handwritten {digit.value}")
+    return _row(scene, "description", [(CAPTION_PROMPT, text)])
+
+
+def _row(scene: Scene, what: str, turns: Iterable[tuple[str, str]]) -> dict:
     lines = []
-    for i, question in enumerate(asked):
-        lines.append({"from": "human", "value": ("" if i else "<image>\n") + prompt(question)})
-        lines.append({"from": "gpt", "value": reply(question)})
-    return {"id": f"{scene.split}-{scene.index}", "image": f"{scene.index:09d}.jpg", "conversations": lines}
+    for i, (human, gpt) in enumerate(turns):
+        lines += [{"from": "human", "value": ("" if i else "<image>\n") + human}, {"from": "gpt", "value": gpt}]
+    return {"id": f"{scene.split}-{scene.index}-{what}", "image": f"{scene.index:09d}.jpg", "conversations": lines}
 
 
 def _is_print(question: Question) -> bool:

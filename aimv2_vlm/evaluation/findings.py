@@ -21,9 +21,9 @@ import numpy as np
 
 from aimv2_vlm.evaluation.metrics import bootstrap_interval, paired_difference
 
-# Cap heights in pixels of an encoder that sees the whole picture in one view: below 6 letters melt into each other,
-# from 11 on one view reads them. "Small print" and "large print" mean these.
-SMALL_PRINT, LARGE_PRINT = 6.0, 11.0
+# Cap heights in pixels of an encoder that sees the whole picture in one view: the smallest legible bitmap fonts are
+# 5 pixels high, from 7 on every letter has its shape. "Small print" and "large print" mean below 5 and from 7 on.
+SMALL_PRINT, LARGE_PRINT = 5.0, 7.0
 
 NUM_RANDOM_SAMPLES, NUM_DIFFERING_SAMPLES = 9, 6
 PICTURE_PIXELS = 448  # longer side of an embedded picture
