@@ -59,7 +59,7 @@ class PairDataset:
         self.shards = [ShardSet(source.path, source.caption, cache_dir, progress=progress) for source in sources]
         for name, weight, shards in zip(self.names, self.weights, self.shards):
             if weight and not sum(shards.num_samples):
-                bad = shards.bad_samples()
+                bad = shards.bad_samples(1)
                 example = f" ({bad[0]})" if bad else ""
                 raise UserError(f"data source '{name}': no usable sample in {len(shards.paths)} shards{example}")
         self.order = Order([shards.num_samples for shards in self.shards], self.weights, seed, window_shards)
@@ -90,9 +90,17 @@ class PairDataset:
     def image_size(self) -> int:
         return self.eval_transform.size
 
-    def bad_samples(self) -> list[str]:
-        """What the index pass found: 'shard: key: reason'; none of these has a position."""
-        return [text for shards in self.shards for text in shards.bad_samples()]
+    @property
+    def num_bad(self) -> int:
+        """How many `bad_samples` there are, without reading them."""
+        return sum(shards.num_bad for shards in self.shards)
+
+    def bad_samples(self, limit: int | None = None) -> list[str]:
+        """What the index pass found: 'shard: key: reason'; none of these has a position. The first `limit` of them."""
+        named: list[str] = []
+        for shards in self.shards:
+            named += shards.bad_samples(None if limit is None else limit - len(named))
+        return named
 
     def fingerprint(self) -> dict:
         """What the samples of a run depend on; compare with `order.compare_fingerprints`."""
@@ -118,14 +126,9 @@ class PairDataset:
         pixels uint8 (3, S, S); input_ids int64 (T,) padded to the context length; text_length, end token included;
         truncated; prefix_length; weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank
         and the length is 0)."""
-        place = self.order.locate(position)
         prefix_length = draws(self.seed, position, "prefix").integers(1, self.num_patches)
-        shards = self.shards[place.source]
         try:
-            raw = shards.read(place.shard, place.sample, draws(self.seed, position, "caption"))
-            caption = (
-                self._wrong_caption(place.source, place.shard, place.sample) if self.shuffle_captions else raw.caption
-            )
+            raw, caption = self.captioned(position)
         except BadSample as error:
             return self._blank(error.key, prefix_length, str(error))
         crop = draws(self.seed, position, "crop")
@@ -159,6 +162,13 @@ class PairDataset:
     def validation(self, positions: Iterable[int]) -> dict:
         """Collated validation samples (see `collate`)."""
         return collate([self.fetch_validation(position) for position in positions])
+
+    def captioned(self, position: int) -> tuple[RawSample, str]:
+        """The sample at a global position and the caption it is trained with. Raises BadSample."""
+        place = self.order.locate(position)
+        raw = self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"))
+        wrong = self.shuffle_captions
+        return raw, self._wrong_caption(place.source, place.shard, place.sample) if wrong else raw.caption
 
     def _sample(
         self, raw: RawSample, caption: str, prefix_length: int, decode: Callable[[bytes], torch.Tensor]
