@@ -3,19 +3,23 @@ torchvision's geometry."""
 
 import io
 import struct
+import subprocess
 import sys
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps, WebPImagePlugin
 from torchvision.transforms.v2 import functional as reference
 
 from aimv2_vlm.data.order import Draws, draws
 from aimv2_vlm.data.transforms import (
+    FAST_MARGIN,
     BadImage,
     EvalTransform,
+    Header,
     TrainTransform,
     decode_image,
     draw_crop,
@@ -65,6 +69,36 @@ def palette():
     return save(Image.fromarray(RGB).quantize(6), transparency=0)
 
 
+def png(height, width, bits, colour, raw, *chunks):
+    """A PNG of kinds that Pillow does not write; `raw`: rows without their filter bytes."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    stride = len(raw) // max(1, height)
+    rows = b"".join(b"\0" + raw[at : at + stride] for at in range(0, len(raw), stride or 1))
+    middle = b"".join(chunk(*one) for one in chunks) + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + middle + chunk(b"IEND", b"")
+
+
+def wide(pixels, low=0x5A):
+    """16-bit samples, big-endian, whose high bytes are `pixels`."""
+    return (pixels.astype(">u2") * 256 + low).astype(">u2").tobytes()
+
+
+def rotated(orientation, kind):
+    """RGB stored so that EXIF's `orientation` turns it upright again."""
+    across = np.swapaxes(RGB, 0, 1)
+    stored = {
+        1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1],
+        5: across, 6: across[::-1], 7: across[::-1, ::-1], 8: across[:, ::-1],
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, lossless=True)
+
+
 GREY = np.array([[0, 100, 255], [1, 2, 3]], np.uint8)
 REFERENCE = {
     "RGB png": (lambda: save(Image.fromarray(RGB)), RGB),
@@ -95,13 +129,78 @@ REFERENCE = {
         RGB,
     ),
     "1 pixel": (lambda: save(Image.fromarray(RGB[:1, :1])), RGB[:1, :1]),
+    "16-bit RGB png": (lambda: png(2, 3, 16, 2, wide(RGB)), RGB),
+    "16-bit RGBA png": (lambda: png(2, 3, 16, 6, wide(np.dstack([RGB, GREY]))), RGB),
+    "16-bit grey tiff": (lambda: save(Image.fromarray(GREY.astype(np.uint16) * 256 + 9), "TIFF"), GREY[..., None].repeat(3, 2)),
+    "RGB png with a transparent colour": (lambda: save(Image.fromarray(RGB), transparency=(255, 0, 0)), RGB),
+    "grey png with a transparent value": (lambda: save(Image.fromarray(GREY), transparency=100), GREY[..., None].repeat(3, 2)),
+    "palette with alpha per colour": (lambda: save(Image.fromarray(RGB).quantize(6), transparency=bytes([0, 9, 99, 199, 255, 3])), RGB),
+    "RGBA webp": (
+        lambda: save(Image.fromarray(np.dstack([RGB, GREY])), "WEBP", lossless=True, exact=True),
+        RGB,
+    ),
+    "CMYK tiff": (
+        lambda: save(Image.fromarray(np.dstack([255 - RGB, np.zeros((2, 3), np.uint8)]), "CMYK"), "TIFF"),
+        RGB,
+    ),
+    "animated png": (
+        lambda: save(Image.fromarray(RGB), save_all=True, append_images=[Image.new("RGB", (3, 2))]),
+        RGB,
+    ),
+    **{
+        f"EXIF {orientation} {kind}": (lambda orientation=orientation, kind=kind: rotated(orientation, kind), RGB)
+        for orientation in range(1, 9)
+        for kind in ("PNG", "WEBP", "TIFF")
+    },
 }
 
 
 @pytest.mark.parametrize("kind", REFERENCE)
 def test_reference_pixels(kind):
+    """The table, and in both modes the training crop of exactly these pixels."""
     make, expected = REFERENCE[kind]
-    assert np.array_equal(pixels_of(make()), expected)
+    data = make()
+    assert np.array_equal(pixels_of(data), expected)
+    image = torch.from_numpy(expected.copy()).permute(2, 0, 1)
+    for mode in ("exact", "fast"):
+        for size in (1, 2, 5):
+            transform = TrainTransform(size, mode=mode)
+            assert torch.equal(transform.decode(data, Draws(size)), transform(image, Draws(size)))
+
+
+def stored_jpeg(kind):
+    """A JPEG of one of the kinds, large enough for mode fast to reduce it where it may."""
+    picture = smooth(480, 640)
+    if kind == "grey":
+        return save(picture.convert("L"), "JPEG", quality=95)
+    if kind == "CMYK":
+        return save(picture.convert("CMYK"), "JPEG", quality=95)
+    if kind == "progressive":
+        return save(picture, "JPEG", quality=95, progressive=True)
+    exif = Image.Exif()
+    exif[0x0112] = int(kind)
+    return save(picture, "JPEG", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "progressive", *"12345678"])
+def test_jpegs_of_every_kind_in_both_modes(kind):
+    """Exact: the crop of the picture as Pillow decodes and turns it. Fast: the same where the picture is more than plain
+    pixels, else within 45 dB of its own crop decoded whole."""
+    data = stored_jpeg(kind)
+    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    image = torch.from_numpy(upright).permute(2, 0, 1)
+    assert torch.equal(decode_image(data), image)
+    exact, fast = (TrainTransform(64, flip=0.0, mode=mode) for mode in ("exact", "fast"))
+    assert torch.equal(exact.decode(data, Draws(4)), exact(image, Draws(4)))
+    header = read_header(data)
+    assert header.plain_jpeg == (kind in ("grey", "progressive", "1"))
+    if header.plain_jpeg:
+        (top, left, height, width), reduction = fast.plan(header, Draws(4))
+        assert reduction == 2
+        whole = TrainTransform(64, (1.0, 1.0), (width / height, width / height), flip=0.0)
+        assert 45 < psnr(fast.decode(data, Draws(4)), whole(image[:, top : top + height, left : left + width], Draws(0))) < 80
+    else:
+        assert torch.equal(fast.decode(data, Draws(4)), exact(image, Draws(4)))
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
@@ -139,6 +238,26 @@ def test_exif_orientation(orientation, kind):
     assert read_header(data).plain_jpeg == (kind == "JPEG" and orientation == 1)
 
 
+def test_rotations_are_found_wherever_they_may_stand():
+    """In EXIF after other segments and fill bytes, in XMP, and not in the pixels or a comment."""
+    plain = save(smooth(20, 30), "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = save(smooth(20, 30), "JPEG", exif=exif)
+
+    def segment(marker, body):
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+    comments = segment(0xE2, b"\0" * 65_000) * 5 + segment(0xFE, b"Exif\0\0 tiff:Orientation")
+    xmp = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>')
+    assert pixels_of(turned[:2] + comments + turned[2:]).shape == (30, 20, 3)
+    assert pixels_of(turned[:2] + b"\xff" + turned[2:]).shape == (30, 20, 3)
+    assert pixels_of(plain[:2] + comments + xmp + plain[2:]).shape == (30, 20, 3)
+    assert read_header(plain[:2] + comments + plain[2:]).plain_jpeg
+    assert np.array_equal(pixels_of(plain[:2] + comments + plain[2:]), pixels_of(plain))
+    assert read_header(plain + b"Exif\0\0tiff:Orientation").plain_jpeg
+
+
 def test_a_broken_exif_block_does_not_cost_the_picture():
     plain = save(smooth(20, 30), "JPEG")
     block = b"Exif\0\0" + b"\xff" * 40
@@ -149,12 +268,8 @@ def test_a_broken_exif_block_does_not_cost_the_picture():
 # --- refused
 
 
-def png_header(height, width, tail=b""):
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(tail)) + chunk(b"IEND", b"")
+def png_header(height, width):
+    return png(height, width, 8, 2, b"")
 
 
 def jpeg_with_size(height, width):
@@ -164,26 +279,112 @@ def jpeg_with_size(height, width):
     return bytes(data)
 
 
-@pytest.mark.parametrize(
-    "data", [png_header(20_000, 20_000), png_header(2**31 - 1, 2**31 - 1), jpeg_with_size(65_000, 65_000)]
-)
-def test_bombs_are_refused_from_the_header(data):
-    """Refused before decoding: no plug-in's decoder is ever started."""
-    decoded = []
+def webp_with_size(kind, height, width):
+    """A WebP whose header (extended VP8X, lossless VP8L, lossy VP8) declares this size over the pixels of another."""
+    picture = Image.new("RGBA" if kind == "VP8X" else "RGB", (8, 8))  # lossy with alpha is an extended file
+    data = bytearray(save(picture, "WEBP", lossless=kind == "VP8L"))
+    assert data[12:16] == kind.encode()
+    if kind == "VP8X":
+        data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    elif kind == "VP8L":
+        data[21:25] = (width - 1 | height - 1 << 14).to_bytes(4, "little")
+    else:
+        data[26:30] = struct.pack("<HH", width, height)
+    return bytes(data)
 
-    def watch(frame, event, argument):
-        if event == "c_call" and "decode_jpeg" in argument.__name__ and "header" not in argument.__name__:
-            decoded.append(argument.__name__)
-        if event == "call" and frame.f_code.co_name == "load" and "ImageFile" in frame.f_code.co_filename:
-            decoded.append("load")
 
-    sys.setprofile(watch)
-    try:
-        with pytest.raises(BadImage, match="limit|Decompression"):
-            decode_image(data)
-    finally:
-        sys.setprofile(None)
-    assert decoded == []
+def gif_with_size(height, width):
+    data = bytearray(save(Image.new("L", (8, 8)), "GIF"))
+    data[6:10] = struct.pack("<HH", width, height)
+    return bytes(data)
+
+
+BOMBS = {
+    "real png": lambda: save(Image.new("L", (9000, 9000)), compress_level=1),
+    "png": lambda: png_header(20_000, 20_000),
+    "largest png": lambda: png_header(2**31 - 1, 2**31 - 1),
+    "jpeg": lambda: jpeg_with_size(65_000, 65_000),
+    "just too large jpeg": lambda: jpeg_with_size(8001, 8000),
+    "extended webp": lambda: webp_with_size("VP8X", 16_383, 16_383),
+    "largest webp": lambda: webp_with_size("VP8X", 2**24, 2**24),
+    "lossless webp": lambda: webp_with_size("VP8L", 16_383, 16_383),
+    "lossy webp": lambda: webp_with_size("VP8 ", 16_383, 16_383),
+    "gif": lambda: gif_with_size(65_535, 65_535),
+    "bytes": lambda: save(Image.new("RGB", (8, 8)), "JPEG") + bytes(40_000_000),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_are_refused_from_the_header(kind, monkeypatch):
+    """Refused before decoding: no decoder is ever started, in no mode."""
+    started = []
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: (started.append(name), real(*args, **options))[1])
+
+    watch(simplejpeg, "decode_jpeg")
+    watch(WebPImagePlugin._webp, "WebPAnimDecoder")
+    watch(ImageFile.ImageFile, "load")
+    exact, fast = TrainTransform(8), TrainTransform(8, mode="fast")
+    data = BOMBS[kind]()
+    started.clear()  # what making the picture may have used
+    for call in (read_header, decode_image, lambda data: exact.decode(data, Draws(0)), lambda data: fast.decode(data, Draws(0))):
+        with pytest.raises(BadImage, match="over the limit|DecompressionBomb"):
+            call(data)
+    assert started == []
+    for good in ("JPEG", "WEBP"):
+        decode_image(save(smooth(8, 8), good))
+    assert set(started) == {"decode_jpeg", "WebPAnimDecoder", "load"}  # the watch does see them
+
+
+MEMORY_OF_BOMBS = """
+import io, resource, sys
+from pathlib import Path
+import simplejpeg
+from PIL import Image
+from aimv2_vlm.data.order import Draws
+from aimv2_vlm.data.transforms import BadImage, TrainTransform, decode_image
+
+transforms = [TrainTransform(8, mode=mode) for mode in ("exact", "fast")]
+for kind in ("JPEG", "PNG", "WEBP", "GIF"):  # the decoders are loaded before memory is limited
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, kind)
+    for transform in transforms:
+        transform.decode(buffer.getvalue(), Draws(0))
+files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 100_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for data in files:
+    for call in (decode_image, *(lambda data, one=one: one.decode(data, Draws(0)) for one in transforms)):
+        try:
+            call(data)
+        except BadImage as error:
+            print(error.reason)
+print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+try:
+    decode_image(files[-1], max_pixels=10**9)
+except (BadImage, MemoryError) as error:
+    print("decoded:", repr(error))
+"""
+
+
+def test_bombs_cost_no_memory(tmp_path):
+    """In a process that may take 100 MB more (each of these pictures needs over 240 MB), every one is refused for its
+    size, and the resident peak hardly moves; told to decode one, the process runs out."""
+    for number, kind in enumerate(sorted(BOMBS, key="real png".__eq__)):
+        (tmp_path / f"{number:02}").write_bytes(BOMBS[kind]())
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_BOMBS, str(tmp_path)], check=False, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    *refused, grown, decoded = done.stdout.splitlines()
+    assert len(refused) == 3 * len(BOMBS)
+    assert all("over the limit" in reason or "DecompressionBomb" in reason for reason in refused), refused
+    assert int(grown.split()[1]) < 20_000  # kB
+    assert decoded.startswith("decoded:") and "Memory" in decoded
 
 
 def test_limits_are_arguments():
@@ -320,6 +521,26 @@ def test_fast_mode_is_close_to_exact():
         )
         assert 50 < psnr(exact, fast) < 80  # below 80: it did decode at a reduced scale
     assert decode_image(data, min_size=(250, 250)).shape == (3, 300, 400)
+
+
+def test_fast_mode_reduces_as_far_as_its_margin_allows():
+    """The plan is the drawn crop moved to multiples of the reduction, inside the picture, by less than one multiple."""
+    reductions = []
+    for position in range(400):
+        height, width = 100 + 17 * position, 5_000 - 11 * position
+        header = Header(height, width, "jpg", plain_jpeg=True)
+        drawn = draw_crop(height, width, (0.1, 1.0), (0.75, 1.33), draws(0, position, "crop"))
+        exact, fast = (TrainTransform(100, (0.1, 1.0), mode=m).plan(header, draws(0, position, "crop")) for m in ("exact", "fast"))
+        assert exact == (drawn, 1)
+        crop, reduction = fast
+        reductions.append(reduction)
+        assert all(side % reduction == 0 for side in crop)
+        assert crop[0] + crop[2] <= height and crop[1] + crop[3] <= width and min(crop) >= 0
+        assert max(abs(one - other) for one, other in zip(crop, drawn)) < reduction
+        room = min(drawn[2:]) / (FAST_MARGIN * 100)
+        assert room >= reduction or reduction == 1
+        assert room < 2 * reduction or reduction == 8
+    assert set(reductions) == {1, 2, 4, 8}
 
 
 def test_fast_mode_takes_the_same_crop_within_a_reduced_pixel():

@@ -17,6 +17,8 @@ from aimv2_vlm.data.order import Draws
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 40_000_000
+REDUCTIONS = (8, 4, 2)  # what libjpeg-turbo computes faster than the full size
+FAST_MARGIN = 1.75  # pixels of a reduced crop's shorter side per pixel of the result, at least
 # Pillow may open these only: others hand the bytes to external programs (EPS) or are no pictures of the web.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -48,13 +50,35 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_
         raise BadImage("empty file")
     header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else None
     if header is None:
+        if declared := _declared_size(data):
+            _check_size(*declared, max_pixels)
         with _open(data) as image:
             header = Header(image.height, image.width, _EXTENSIONS[image.format], plain_jpeg=False)
-    if min(header.height, header.width) < 1:
-        raise BadImage(f"zero-sided picture ({header.height} x {header.width})")
-    if header.height * header.width > max_pixels:
-        raise BadImage(f"{header.height} x {header.width} pixels, over the limit of {int(max_pixels)}")
+    _check_size(header.height, header.width, max_pixels)
     return header
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if min(height, width) < 1:
+        raise BadImage(f"zero-sided picture ({height} x {width})")
+    if height * width > max_pixels:
+        raise BadImage(f"{height} x {width} pixels, over the limit of {int(max_pixels)}")
+
+
+def _declared_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in the first bytes of PNG and WebP, None for others: Pillow's WebP reader reserves its canvases
+    (8 bytes a pixel) as soon as a file is opened, and its own limit on PNG has other words than ours."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        if data[12:16] == b"VP8X":
+            return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
+        if data[12:16] == b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        if data[12:16] == b"VP8 ":
+            return int.from_bytes(data[28:30], "little") & 0x3FFF, int.from_bytes(data[26:28], "little") & 0x3FFF
+    return None
 
 
 def _jpeg_header(data: bytes) -> Header | None:
@@ -65,10 +89,25 @@ def _jpeg_header(data: bytes) -> Header | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # EXIF or XMP may hold a rotation: they stand before the pixels, so a search in the first segments' range is enough.
-    start = data[: 4 * 65536]
-    upright = b"Exif\0\0" not in start and b"tiff:Orientation" not in start or _orientation(data) == 1
-    return Header(height, width, "jpg", plain_jpeg=upright and colorspace in ("Gray", "YCbCr"))
+    plain = colorspace in ("Gray", "YCbCr") and (not _may_be_rotated(data) or _orientation(data) == 1)
+    return Header(height, width, "jpg", plain_jpeg=plain)
+
+
+def _may_be_rotated(data: bytes) -> bool:
+    """Whether a JPEG's segments before the pixels hold EXIF or XMP that could name a rotation (or are in disorder).
+    Walking the segments costs microseconds, a search in the bytes up to a tenth of the whole transform."""
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        marker = data[at + 1 : at + 2]
+        if marker == b"\xda":  # start of scan: pixels follow
+            return False
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == b"\xe1":
+            segment = data[at + 4 : end]
+            if b"Exif\0\0" in segment or b"tiff:Orientation" in segment:
+                return True
+        at = end
+    return True
 
 
 def _orientation(data: bytes) -> int:
@@ -112,15 +151,21 @@ def decode_image(
     a plain JPEG be decoded at a reduced scale (1/2, 1/4, 1/8) that is not below it. Raises BadImage for limits
     (judged from the header), damage and truncation.
     """
-    header = read_header(data, max_pixels, max_bytes)
+    header, reduction = read_header(data, max_pixels, max_bytes), 1
+    if min_size:
+        room = min(header.height / max(1, min_size[0]), header.width / max(1, min_size[1]))
+        reduction = next((factor for factor in REDUCTIONS if factor <= room), 1)
+    return _decode(data, header, reduction)
+
+
+def _decode(data: bytes, header: Header, reduction: int = 1) -> torch.Tensor:
+    """The picture, if it is a plain JPEG with sides (ceil(height / reduction), ceil(width / reduction))."""
     if header.plain_jpeg:
         import simplejpeg
 
-        height, width = min_size or (0, 0)
+        height, width = math.ceil(header.height / reduction), math.ceil(header.width / reduction)
         try:
-            pixels = simplejpeg.decode_jpeg(
-                data, "RGB", min_height=height, min_width=width, min_factor=2 if min_size else 1
-            )
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=reduction)
         except ValueError as error:
             raise BadImage(f"cannot be decoded ({str(error)[:100]})") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -153,9 +198,8 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic, antialiased, on uint8 (rounded and clamped): (3, H, W) -> (3, *size)."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
-    pixels_BCHW = pixels[None].contiguous(
-        memory_format=torch.channels_last
-    )  # torch's vectorised path; copies the crop only
+    # torch's vectorised path wants one (H, W, 3) block with the strides of a batch; the copy goes by rows.
+    pixels_BCHW = pixels.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     return interpolate(pixels_BCHW, size=size, mode="bicubic", antialias=True)[0].contiguous()
 
 
@@ -182,9 +226,9 @@ def draw_crop(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop and flip (paper Table A1). mode `exact` decodes at full size; `fast` lets JPEG decode at a
-    reduced scale that leaves the crop's sides at least 2.5 x `size` (about 50 dB PSNR), its corners rounded to pixels
-    of the reduced picture."""
+    """Random resized crop and flip (paper Table A1). mode `exact` decodes at full size; `fast` decodes plain JPEG 2, 4
+    or 8 times smaller where that leaves both sides of the crop at least `FAST_MARGIN` x `size` (about 50 dB PSNR on
+    photographs), and moves the crop's edges to multiples of that factor."""
 
     size: int
     scale: tuple[float, float] = (0.4, 1.0)
@@ -200,18 +244,28 @@ class TrainTransform:
     def decode(self, data: bytes, rng: Draws, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> torch.Tensor:
         """Picture bytes -> uint8 (3, size, size); the same draws as `__call__` on the decoded picture. Raises
         BadImage."""
-        header = read_header(data, max_pixels, max_bytes) if self.mode == "fast" else None
-        if header is None or not header.plain_jpeg:
-            return self(decode_image(data, max_pixels, max_bytes), rng)
-        top, left, height, width = draw_crop(header.height, header.width, self.scale, self.ratio, rng)
-        enough = 2.5 * self.size / min(height, width)
-        least = math.ceil(header.height * enough), math.ceil(header.width * enough)
-        image = decode_image(data, max_pixels, max_bytes, min_size=least)
-        down, across = image.shape[1] / header.height, image.shape[2] / header.width
-        top, left = min(round(top * down), image.shape[1] - 1), min(round(left * across), image.shape[2] - 1)
-        height = max(1, min(round(height * down), image.shape[1] - top))
-        width = max(1, min(round(width * across), image.shape[2] - left))
-        return self._finish(image, (top, left, height, width), rng)
+        header = read_header(data, max_pixels, max_bytes)
+        if not header.plain_jpeg:
+            return self(_decode(data, header), rng)
+        crop, reduction = self.plan(header, rng)
+        image = _decode(data, header, reduction)
+        return self._finish(image, tuple(side // reduction for side in crop), rng)
+
+    def plan(self, header: Header, rng: Draws) -> tuple[tuple[int, int, int, int], int]:
+        """What `decode` takes from a plain JPEG: the crop (top, left, height, width) in pixels of the whole picture and
+        the reduction (1, 2, 4, 8) it is decoded at, of which the crop's numbers are multiples."""
+        crop = draw_crop(header.height, header.width, self.scale, self.ratio, rng)
+        reduction = 1
+        if self.mode == "fast":
+            side = min(crop[2:])
+            reduction = next((factor for factor in REDUCTIONS if side >= FAST_MARGIN * self.size * factor), 1)
+        if reduction > 1:  # an edge between two reduced pixels would shift the result by part of a pixel: 34 dB, not 50
+            height, width = round(crop[2] / reduction), round(crop[3] / reduction)
+            height, width = min(height, header.height // reduction), min(width, header.width // reduction)
+            top = min(round(crop[0] / reduction), header.height // reduction - height)
+            left = min(round(crop[1] / reduction), header.width // reduction - width)
+            crop = top * reduction, left * reduction, height * reduction, width * reduction
+        return crop, reduction
 
     def _finish(self, image: torch.Tensor, crop: tuple[int, int, int, int], rng: Draws) -> torch.Tensor:
         top, left, height, width = crop
