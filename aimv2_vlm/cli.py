@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import EXIT_STOPPED, UserError
 
 EXIT_USER_ERROR = 2
 
@@ -28,12 +30,24 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="versions, devices, what will and will not work here")
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
 
-    data = verbs.add_parser("data", help="check or pack data before a run")
+    data = verbs.add_parser("data", help="check, show or pack data before a run")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="validate and count shards (.tar) or conversations (.json, .jsonl)")
     check.add_argument("paths", nargs="+", help="shards (globs and {00000..00010} allowed) or conversation files")
     check.add_argument("--images", default="", help="image folder of conversation files")
+    check.add_argument("--caption", action="append", metavar="COLUMN", help="caption column: txt (default) or json:FIELD; may be repeated")
+    check.add_argument("--decode", action="store_true", help="decode every picture, find those that look alike (default: headers, equal bytes)")
+    check.add_argument("--against", metavar="PATH", help="evaluation set (folder of pictures, parquet or tar): name the samples that look like it")
+    check.add_argument("--near-bits", type=int, help="most bits of 64 in which two look-alikes differ, 0 to 7 (default: 6)")
+    check.add_argument("--expect", metavar="DATASET", help="also check that an img2dataset download of cc12m, coyo, dfn or recap is complete")
+    check.add_argument("--json", metavar="FILE", help="write the full report here")
     check.add_argument("--max-bad-fraction", type=float, default=0.01)
+    preview = actions.add_parser("preview", help="one HTML page with pictures and captions (or conversations) of some samples")
+    preview.add_argument("paths", nargs="+", help="shards or conversation files, as for check")
+    preview.add_argument("--out", default="preview.html", help="the page (default: %(default)s)")
+    preview.add_argument("--images", default="", help="image folder of conversation files")
+    preview.add_argument("--num", type=int, default=64, help="samples shown (default: %(default)s)")
+    preview.add_argument("--seed", type=int, default=0, help="another seed draws other samples (default: %(default)s)")
     pack = actions.add_parser("pack", help="a folder of pictures + captions -> image-text shards")
     pack.add_argument("folder", help="folder the picture paths are relative to")
     pack.add_argument("out", help="folder for the shards")
@@ -49,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar=argument, help="a YAML file, or the name of one that ships with the package")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the file")
         sub.add_argument("--restart", action="store_true", help="delete what this run directory holds and begin anew")
+        if verb != "eval":
+            sub.add_argument("--processes", type=int, default=1, metavar="N",
+                             help="share the work between N processes of this machine's CPU (elsewhere: torchrun or accelerate launch)")
 
     recipes = verbs.add_parser("recipes", help="list or copy the recipes that ship with the package")
     recipes.add_argument("action", choices=("list", "copy"))
@@ -61,8 +78,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes `key=value` words behind an option (`--restart lr=1`) for unknown ones: here they are overrides."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return run(arguments)
     except UserError as error:
@@ -90,13 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "data":
         from aimv2_vlm.data import tools
 
-        return tools.pack(arguments) if arguments.action == "pack" else tools.check(arguments)
+        return {"check": tools.check, "pack": tools.pack, "preview": tools.preview}[arguments.action](arguments)
     if arguments.verb in ("pretrain", "sft", "eval"):
         return run_recipe(arguments)
     if arguments.verb == "demo":
-        from aimv2_vlm.demo import demo
+        with leaving_on_sigterm():
+            from aimv2_vlm.demo import demo
 
-        return stoppable(lambda: demo(arguments.out, arguments.seed, arguments.split))
+            return stoppable(lambda: demo(arguments.out, arguments.seed, arguments.split))
     from aimv2_vlm.serve.chat import chat
 
     return chat(arguments.model, arguments.image, arguments.max_new_tokens)
@@ -110,10 +139,34 @@ def run_recipe(arguments: argparse.Namespace) -> int:
         from aimv2_vlm.evaluation.sweep import evaluate
 
         return evaluate(recipe, restart=arguments.restart)
-    from aimv2_vlm.train import run as training
+    with leaving_on_sigterm():
+        if arguments.processes > 1:
+            from aimv2_vlm.train.launch import run_in_processes
 
-    entry = training.pretrain if arguments.verb == "pretrain" else training.sft
-    return stoppable(lambda: entry(recipe, restart=arguments.restart))
+            words = [arguments.verb, arguments.recipe, *arguments.overrides, *(["--restart"] if arguments.restart else [])]
+            return stoppable(lambda: run_in_processes(words, arguments.processes))
+        from aimv2_vlm.train import run as training
+
+        entry = training.pretrain if arguments.verb == "pretrain" else training.sft
+        return stoppable(lambda: entry(recipe, restart=arguments.restart))
+
+
+@contextlib.contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """Outside the training loop, which saves first, SIGTERM leaves at once with the loop's exit code.
+
+    What is being written then is under a temporary name. SystemExit, because libraries swallow lesser exceptions while they
+    are imported.
+    """
+    def leave(number: int, frame: object) -> None:
+        print("stopped by SIGTERM outside of a training step; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_STOPPED)
+
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def stoppable(work) -> int:

@@ -14,6 +14,8 @@ class UserError(Exception):
     """A mistake the user can mend: shown as one line (file, key, reason, what to do), without a traceback."""
 
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, everything is saved; start the same command again
+
 PRECISIONS = ("auto", "fp32", "bf16")
 STRATEGIES = ("auto", "single", "ddp", "fsdp2", "zero2", "zero3")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -94,6 +96,8 @@ class PairData:
     max_bad_fraction: float = 0.01
     window_shards: int = 16  # samples are shuffled inside a moving window of this many shards
     changed: str = choices("refuse", "refuse", "restart", "append")
+    shard_cache: str | None = None  # folder of local copies of remote shards (s3://, https://, …); null: in the user's cache
+    shard_cache_gb: float = 100.0  # GiB that these copies may take
     index_dir: str | None = None  # where shard indexes go when the shards' own folder cannot be written
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 from copy import deepcopy
 import random
+import shutil
 import sys
 import tarfile
 
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data import shards as shards_module
 from aimv2_vlm.data.order import Draws, draws
 from aimv2_vlm.data.shards import (
     BadSample,
@@ -141,11 +143,16 @@ def test_a_pattern_without_a_file_is_an_error(tmp_path, pattern, text):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["pipe:cat x.tar", " PIPE:touch y", "|touch y", "s3://bucket/{0..3}.tar", "file:x.tar"]
-)
-def test_urls_are_refused(pattern):
-    with pytest.raises(UserError, match="refused|only local"):
-        expand_pattern([pattern])
+    "pattern",
+    ["pipe:cat x.tar", " PIPE:touch y", "|touch y", "file:x.tar", "ssh://host/x.tar", "simplecache::s3://bucket/x.tar",
+     "https://host/x.tar::pipe:ls", "zip://a.tar::memory://b.zip", "reference://x", "git://x@y", "s3:x.tar"],
+)  # fmt: skip
+def test_urls_that_run_something_or_hide_something_are_refused(pattern):
+    for act in (expand_pattern, ShardSet):
+        with pytest.raises(UserError, match="refused|only local"):
+            act([pattern])
+    with pytest.raises(UserError, match="only local"):
+        expand_pattern("s3://bucket/{0..3}.tar")
 
 
 # --- captions
@@ -411,15 +418,60 @@ def test_a_flipped_byte_after_indexing_is_named(tmp_path):
         shards.read(0, 0)
 
 
-def test_a_shard_that_disappears_is_a_clear_error(tmp_path):
+def test_a_shard_that_disappears_is_a_clear_error(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "s.tar", good("a"))
     shards = ShardSet(path)
+    monkeypatch.setattr(shards_module, "RETRY_WAITS", (0.01, 0.01))
     path.unlink()
-    with pytest.raises(UserError, match="s.tar.*disappeared"):
+    with pytest.raises(UserError, match="s.tar.*disappeared while in use .*tried 3 times"):
         shards.read(0, 0)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="empty"):
         ShardSet(path)
+
+
+def test_a_shard_that_comes_back_is_read_as_if_nothing_had_been(tmp_path, monkeypatch):
+    """Gone, then unreadable, then there again: tried a bounded number of times, from opening on."""
+    path = write_tar(tmp_path / "s.tar", good("a"))
+    shards = ShardSet(path)
+    hidden, waits, pread, calls = tmp_path / "hidden", [], os.pread, []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if hidden.exists():
+            os.rename(hidden, path)
+
+    def flaky(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(116, "Stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(shards_module.time, "sleep", sleep)
+    os.rename(path, hidden)
+    monkeypatch.setattr(shards_module.os, "pread", flaky)
+    assert shards.read(0, 0).image_bytes == picture() and waits == list(shards_module.RETRY_WAITS[:2])
+    monkeypatch.setattr(shards_module.os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(BadSample, match="a: picture cannot be read .Input/output error"):
+        shards.read(0, 0)
+    assert len(waits) == 2 + len(shards_module.RETRY_WAITS)
+
+
+def test_an_index_of_another_tar_is_never_used(tmp_path):
+    """Copied beside a tar of another size or time it is built again; made to look right, the checksums tell."""
+    one = write_tar(tmp_path / "one.tar", good("a", 1) + good("b", 2))
+    two = write_tar(tmp_path / "two.tar", good("c", 3))
+    ShardSet(one), ShardSet(two)
+    index = tmp_path / "two.tar.index.json"
+    shutil.copy(tmp_path / "one.tar.index.json", index)
+    assert keys(ShardSet(two)) == ["c"]
+    header, body = (tmp_path / "one.tar.index.json").read_bytes().split(b"\n")[:2]
+    status = two.stat()
+    header = json.dumps(json.loads(header) | {"name": "two.tar", "size": status.st_size, "mtime_ns": status.st_mtime_ns}).encode()
+    index.write_bytes(header + b"\n" + body + b"\n")
+    for sample in range(2):
+        with pytest.raises(BadSample, match="differs from what was indexed|is cut off"):
+            ShardSet(two).read(0, sample)
 
 
 # --- the index

@@ -12,16 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.shards import atomic_file
 
 ORDER_VERSION = 1
 _MASK = (1 << 64) - 1
@@ -281,6 +284,17 @@ class Order:
         slot = bisect_right(layout.starts, within) - 1
         return Place(source, layout.shards[slot], within - layout.starts[slot], epoch)
 
+    def coming_shards(self, position: int) -> tuple[int, tuple[int, ...]]:
+        """(source, its shards that hold the window of the sample at `position` and the window after it)."""
+        source, rank = self.source_at(position)
+        epoch, index = divmod(rank, self.totals[source])
+        layout = self._epoch(source, epoch)
+        first = (bisect_right(layout.starts, index) - 1) // self.window_shards * self.window_shards
+        shards = layout.shards[first : first + 2 * self.window_shards]
+        if first + self.window_shards >= len(layout.shards):
+            shards = shards + self._epoch(source, epoch + 1).shards[: self.window_shards]
+        return source, tuple(dict.fromkeys(shards))
+
     def positions_for_epochs(self, epochs: float = 1.0) -> int:
         """The least number of positions after which every source of positive weight has gone through `epochs` of its
         samples."""
@@ -330,30 +344,96 @@ def fingerprint(seed: int, window_shards: int, sources: Sequence[Mapping[str, An
     return facts | {"digest": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}
 
 
-def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Every difference in words ("source 'coyo': shard 00003.tar: size 10 -> 12"); empty when the data are the same."""
+LISTED_SHARDS = 16  # a source of at most so many shards lists them in its fingerprint
+
+
+def compact_fingerprint(facts: Mapping[str, Any], folder: str | os.PathLike, write: bool = True) -> dict:
+    """`fingerprint` in less than 4 KB for a handful of sources: the shards of a large source go into a file of their own.
+
+    The list is written below `folder` (if `write`) under a name that is its digest, once for each state of the data, and
+    `compare_fingerprints` reads it from there to name what changed.
+    """
+    sources = []
+    for source in facts["sources"]:
+        if len(source["shards"]) > LISTED_SHARDS:
+            text, source = _listing(source["shards"]), _summary(source)
+            path = Path(folder) / source["listing"]
+            if write and not path.exists():
+                with atomic_file(path) as file:
+                    file.write(text)
+        sources.append(source)
+    return {**facts, "sources": sources}
+
+
+def _with_shards(source: Mapping[str, Any], folder: str | os.PathLike | None) -> dict:
+    """A fingerprint's source with its shards listed, read from `folder` where they stand in a file of their own."""
+    if "listing" not in source:
+        return dict(source)
+    listed = {key: value for key, value in source.items() if key not in ("listing", "num_shards", "num_samples")}
+    try:
+        text = (Path(folder or ".") / os.path.basename(source["listing"])).read_bytes()
+        if source["listing"] == _listing_name(text):
+            return listed | {"shards": json.loads(text)}
+    except (OSError, ValueError):
+        pass
+    return dict(source)
+
+
+def compare_fingerprints(
+    old: Mapping[str, Any], new: Mapping[str, Any], folder: str | os.PathLike | None = None
+) -> list[str]:
+    """Every difference in words ("source 'coyo': shard 00003.tar: size 10 -> 12"); empty when the data are the same.
+
+    folder: where the lists of large sources stand (`compact_fingerprint`). Without the old list a changed shard cannot
+    be named, only how many shards and samples there were.
+    """
+    if old.get("digest") is not None and old.get("digest") == new.get("digest"):
+        return []
     changes = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in dict.fromkeys([*old, *new])
         if name not in ("sources", "digest") and old.get(name) != new.get(name)
     ]
-    before = {source["name"]: source for source in old.get("sources", [])}
-    after = {source["name"]: source for source in new.get("sources", [])}
+    before = {source["name"]: _with_shards(source, folder) for source in old.get("sources", [])}
+    after = {source["name"]: _with_shards(source, folder) for source in new.get("sources", [])}
     for name in dict.fromkeys([*before, *after]):
         label = f"source '{name}'"
         if name not in after or name not in before:
             changes.append(f"{label}: {'removed' if name in before else 'added'}")
             continue
         one, two = before[name], after[name]
+        if "listing" in one or "listing" in two:
+            one, two = _summary(one), _summary(two)
         changes += [
             f"{label}: {key}: {one.get(key)!r} -> {two.get(key)!r}"
             for key in dict.fromkeys([*one, *two])
-            if key not in ("name", "shards") and one.get(key) != two.get(key)
+            if key not in ("name", "shards", "listing") and one.get(key) != two.get(key)
         ]
+        if one.get("listing") != two.get("listing"):
+            changes.append(f"{label}: shards changed, and their old list is missing")
         changes += [f"{label}: {change}" for change in _compare_shards(one.get("shards", []), two.get("shards", []))]
     if not changes and old.get("digest") != new.get("digest"):
         changes.append("the order of the sources changed")
     return changes
+
+
+def _listing(shards: Sequence[Mapping]) -> bytes:
+    return json.dumps(shards, indent=0).encode()
+
+
+def _listing_name(text: bytes) -> str:
+    return f"shards-{hashlib.sha256(text).hexdigest()[:32]}.json"
+
+
+def _summary(source: Mapping[str, Any]) -> dict:
+    """A source by the digest and the size of its list of shards alone."""
+    if "listing" in source:
+        return dict(source)
+    return {key: value for key, value in source.items() if key != "shards"} | {
+        "listing": _listing_name(_listing(source["shards"])),
+        "num_shards": len(source["shards"]),
+        "num_samples": sum(shard["count"] for shard in source["shards"]),
+    }
 
 
 def _compare_shards(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.captions import CaptionTokenizer
 from aimv2_vlm.data.order import Order, combine, draws, fingerprint
+from aimv2_vlm.data.remote import ShardCache
 from aimv2_vlm.data.shards import BadSample, RawSample, ShardSet
 from aimv2_vlm.data.transforms import MAX_BYTES, MAX_PIXELS, BadImage, EvalTransform, TrainTransform, decode_image
 
@@ -25,7 +26,7 @@ class PairDataset:
 
     sources: objects with `.name`, `.path`, `.weight`, `.caption` (config.PairSource). image: `.size` (pixels),
     `.scale`, `.ratio`, `.flip`, `.resize` (config.ImageInput). num_patches: N; prefixes are U{1 … N - 1}. cache_dir:
-    for indexes whose shards cannot be written beside. shuffle_captions: control arm, every picture gets the caption
+    for indexes whose shards cannot be written beside. shard_cache: where copies of remote shards go. shuffle_captions: control arm, every picture gets the caption
     of another picture of its source, always the same one.
 
     A sample that turns out bad keeps its position, with weight 0, and is named. Cheap to send to worker processes.
@@ -44,6 +45,7 @@ class PairDataset:
         max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES,
         progress: Callable[[int, int], None] | None = None,
+        shard_cache: ShardCache | None = None,
     ):
         if num_patches < 2:
             raise UserError(f"image.size = {image.size}: gives {num_patches} patches; a prefix needs at least 2")
@@ -56,7 +58,8 @@ class PairDataset:
         self.shuffle_captions, self.max_pixels, self.max_bytes = shuffle_captions, max_pixels, max_bytes
         self.weights = [source.weight for source in sources]
         self.captions = [source.caption for source in sources]
-        self.shards = [ShardSet(source.path, source.caption, cache_dir, progress=progress) for source in sources]
+        self.shards = [ShardSet(source.path, source.caption, cache_dir, progress=progress, shard_cache=shard_cache) for source in sources]
+        check_cache(self.shards, window_shards)
         for name, weight, shards in zip(self.names, self.weights, self.shards):
             if weight and not sum(shards.num_samples):
                 bad = shards.bad_samples(1)
@@ -166,6 +169,8 @@ class PairDataset:
     def captioned(self, position: int) -> tuple[RawSample, str]:
         """The sample at a global position and the caption it is trained with. Raises BadSample."""
         place = self.order.locate(position)
+        if self.shards[place.source].remote:
+            self.shards[place.source].read_ahead(self.order.coming_shards(position)[1])
         raw = self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"))
         wrong = self.shuffle_captions
         return raw, self._wrong_caption(place.source, place.shard, place.sample) if wrong else raw.caption
@@ -219,6 +224,15 @@ class PairDataset:
         distance = 1 + combine(self.seed, source, 2) % (total - 1)
         number = self._starts[first + shard] - begin + sample
         return self._stored(begin + (number + distance) % total)[0].caption
+
+
+def check_cache(sources: Sequence[ShardSet], window_shards: int) -> None:
+    """Raises UserError when the windows being read and those after them do not fit the cache of remote shards."""
+    remote = [shards for shards in sources if shards.remote]
+    need = sum(sum(sorted(shards.sizes)[-2 * window_shards :]) for shards in remote)
+    if remote and need > remote[0].remote[0].cache.limit:
+        raise UserError(f"data.shard_cache_gb: two windows of {window_shards} shards take {need / 2**30:.3g} GiB; raise it, or lower "
+                        "data.window_shards")  # fmt: skip
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict:

@@ -15,14 +15,19 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import queue
 import re
 import tarfile
 import tempfile
 import threading
+import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -30,15 +35,20 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.manifest import BLOCK, Entry, Manifest, Packed, names_digest, pack_index, write_manifest
+from aimv2_vlm.data.remote import RemoteShard, ShardCache, check_url, find, is_url
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # Members that some reader somewhere would unpickle or import. A sample that carries one is refused as a whole.
 FORBIDDEN_EXTENSIONS = frozenset("pyd pth pt pkl pickle npy npz joblib dill py pyc so".split())
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index.json"
-BLOCK = 512
 MAX_TEXT_BYTES = 16 * 2**20  # a caption or metadata member above this is refused
 MAX_NAME_BYTES = 2**16  # long names and pax records above this are refused
+MANIFEST_SHARDS = 64  # from so many shards on their indexes are also kept in one file (manifest.py)
+RETRY_WAITS = (0.1, 0.5, 2.0)  # seconds before a shard that cannot be opened or read is tried again
+DEFAULT_CACHE_BYTES = 100 * 2**30  # of local copies of remote shards
+PARALLEL_BYTES = 2**28  # below this, starting processes takes longer than indexing
 
 
 class BadSample(Exception):
@@ -96,43 +106,63 @@ def expand_pattern(patterns: str | os.PathLike | Sequence[str | os.PathLike]) ->
     """Shard paths for `dir/{00000..00003}.tar`, `dir/{a,b}.tar`, a glob, a folder, or a list of these.
 
     The order is that of the pattern (globs and folders sorted). Raises UserError when nothing matches, when a file of
-    a brace range is missing, when a file is named twice, and for `pipe:` and other URLs.
+    a brace range is missing, when a file is named twice, and for URLs (`ShardSet` reads those of stores).
     """
+    names = _expand_names(patterns)
+    urls = [name for name in names if is_url(name)]
+    if urls:
+        raise UserError(f"shards '{urls[0]}': only local paths can be read here; copy the shards to a local folder first")
+    return list(map(Path, names))
+
+
+def _expand_names(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """`expand_pattern` as strings: of ten thousand shards, Path objects would take most of the time of opening."""
     items = [patterns] if isinstance(patterns, (str, os.PathLike)) else list(patterns)
-    paths: list[Path] = []
-    for item in items:
-        paths += _expand_one(os.fspath(item))
-    if not paths:
+    names = [name for item in items for name in _expand_one(os.fspath(item))]
+    if not names:
         raise UserError(f"shards {items}: the pattern names no tar file; check the path")
-    repeated = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
+    folders: dict[str, tuple[str, set[str]]] = {}
+    real = []
+    for name in names:
+        folder, slash, base = name.rpartition("/")
+        if is_url(folder + slash):
+            real.append(name)
+            continue
+        if folder not in folders:
+            where = folder + slash or "."
+            links = {entry.name for entry in os.scandir(where) if entry.is_symlink()}
+            folders[folder] = os.path.realpath(where), links
+        where, links = folders[folder]
+        # only a link can be the same file under another name of the same folder
+        real.append(os.path.realpath(name) if base in links else f"{where}/{base}")
+    repeated = [name for name, count in Counter(real).items() if count > 1]
     if repeated:
         raise UserError(f"shards {items}: {repeated[0]} is named more than once; name every shard once")
-    return paths
+    return names
 
 
-def _expand_one(pattern: str) -> list[Path]:
-    if pattern.lower().lstrip().startswith(("pipe:", "|")):
-        raise UserError(f"shards '{pattern}': pipe: URLs run a command and are refused; give the path of a tar file")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
-        raise UserError(f"shards '{pattern}': only local paths can be read; copy the shards to a local folder first")
+def _expand_one(pattern: str) -> list[str]:
+    if is_url(pattern):
+        urls = _expand_braces(check_url(pattern))
+        return [url for name in urls for url in (find(name) if re.search(r"[*?\[]", name) else [name])]
     if os.path.isdir(pattern):
-        found = sorted(Path(pattern).glob("*.tar"))
+        found = sorted(os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(".tar"))
         if not found:
             raise UserError(f"shards '{pattern}': the folder holds no .tar file")
         return found
     expanded = _expand_braces(os.path.expanduser(pattern))
-    paths: list[Path] = []
+    names: list[str] = []
     missing: list[str] = []
     for name in expanded:
         # A name that exists as it stands is that file, even when it contains a bracket.
         hits = [name] if os.path.exists(name) else sorted(glob.glob(name))
-        paths += map(Path, hits)
+        names += hits
         if not hits:
             missing.append(name)
     if missing:
         what = f"no file '{missing[0]}'" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         raise UserError(f"shards '{pattern}': {what} ({len(missing)} of {len(expanded)} missing); check the path")
-    return paths
+    return names
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -560,16 +590,24 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aimv2_vlm" / "indexes"
 
 
+def _index_paths(tar_path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
+    """Where a shard's index may stand, the preferred place first."""
+    candidates = [index_path(tar_path, None), index_path(tar_path, cache_dir or default_cache_dir())]
+    return candidates if cache_dir is None else candidates[::-1]
+
+
+def _status(tar_path: str | os.PathLike) -> os.stat_result:
+    try:
+        return os.stat(tar_path)
+    except OSError as error:
+        raise UserError(f"{tar_path}: cannot be opened ({error.strerror})") from error
+
+
 def open_index(tar_path: Path, cache_dir: str | os.PathLike | None = None) -> tuple[dict, Path]:
     """(header, path) of a shard's index; built when absent, of another version, or when the tar's size or time
     changed."""
-    try:
-        status = tar_path.stat()
-    except OSError as error:
-        raise UserError(f"{tar_path}: cannot be opened ({error.strerror})") from error
-    candidates = [index_path(tar_path, None), index_path(tar_path, cache_dir or default_cache_dir())]
-    if cache_dir is not None:
-        candidates.reverse()
+    status = _status(tar_path)
+    candidates = _index_paths(tar_path, cache_dir)
     for candidate in candidates:
         header = _read_header(candidate)
         if header and (header["size"], header["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
@@ -596,24 +634,33 @@ def open_index(tar_path: Path, cache_dir: str | os.PathLike | None = None) -> tu
 def _read_header(path: Path) -> dict | None:
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.readline(2**24))
+            return _parse_header(file.readline(2**24))
+    except OSError:
+        return None
+
+
+def _parse_header(line: bytes) -> dict | None:
+    try:
+        header = json.loads(line)
         well_formed = (
             header["version"] == INDEX_VERSION
             and isinstance(header["columns"], list)
+            and all(isinstance(name, str) for name in header["columns"])
             and isinstance(header["digest"], str)
+            and all(type(header[name]) is int for name in ("size", "mtime_ns", "num_bad", "num_damaged"))
             and all(
-                mask.isdigit() and isinstance(count, int) and count > 0
+                re.fullmatch(r"[1-9][0-9]{0,4000}", mask) and type(count) is int and 0 < count <= header["size"]
                 for mask, count in header["column_counts"].items()
             )
         )
-        return header if well_formed and {"size", "mtime_ns"} <= header.keys() else None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return header if well_formed else None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 
 @dataclass(frozen=True)
 class _Body:
-    """A loaded index: arrays over all samples with a picture; `usable` selects those that have a wanted caption."""
+    """A shard's loaded index: arrays over all samples with a picture; `usable` selects those with a wanted caption."""
 
     keys: list[str]
     members: dict[str, np.ndarray]  # image, text, metadata -> (samples, 3) offset, size, crc32
@@ -623,9 +670,138 @@ class _Body:
     bad: list[dict]
     damage: list[dict]
 
+    def entry(self, index: int) -> Entry:
+        columns = frozenset(name for bit, name in enumerate(self.columns) if self.masks[index] >> bit & 1)
+        image, text, metadata = (tuple(map(int, self.members[kind][index])) for kind in ("image", "text", "metadata"))
+        return Entry(self.keys[index], image, text if text[0] >= 0 else None, metadata if metadata[0] >= 0 else None, columns)
+
+
+def _open_index_of(shard: Path | RemoteShard, cache_dir: str | os.PathLike | None) -> tuple[dict, Path]:
+    """`open_index`; a remote shard is fetched only when it has no index yet."""
+    if not isinstance(shard, RemoteShard):
+        return open_index(shard, cache_dir)
+    where = index_path(shard.path, None)
+    header = _read_header(where)
+    if header is not None and (header["size"], header["mtime_ns"]) == (shard.size, shard.mtime_ns):
+        return header, where
+    with shard.open():
+        return open_index(shard.path, cache_dir)
+
+
+def _open_and_pack(shard: Path | RemoteShard, cache_dir: str | os.PathLike | None, packed: bool) -> tuple[dict, Packed | None]:
+    """(index header, its rows for the manifest if wanted); runs in the processes that build indexes."""
+    header, where = _open_index_of(shard, cache_dir)
+    return header, pack_index(header, _read_body(where, header["digest"])) if packed else None
+
+
+def _read_body(path: Path, digest: str) -> dict:
+    """An index's body, its checksum verified. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            header = _parse_header(file.readline(2**24))
+            data = file.read().rstrip(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: the index disappeared while in use ({error.strerror})") from error
+    body = _parse_body(data, header) if header and _digest(data) == digest else None
+    if body is None:
+        raise UserError(f"{path}: the index is damaged or was rebuilt for other data; delete it and start again")
+    return body
+
+
+def _parse_body(data: bytes, header: dict) -> dict | None:
+    """The body that belongs to an index's header, None when it does not. Indexes come with downloaded shards: whatever
+    they say, nothing is read from outside the shard."""
+    try:
+        body = json.loads(data)
+        number, masks = len(body["key"]), Counter(body["mask"])
+        well_formed = (
+            all(isinstance(body[name], list) for name in ("key", "mask", "bad", "damage"))
+            and all(isinstance(key, str) for key in body["key"])
+            and body["columns"] == header["columns"]
+            and {str(mask): count for mask, count in masks.items()} == header["column_counts"]
+            and all(type(mask) is int and 0 < mask < 1 << len(body["columns"]) for mask in masks)
+            and all(_is_members(body[kind], number, kind == "image", header["size"]) for kind in ("image", "text", "metadata"))
+            and len(body["bad"]) == header["num_bad"]
+            and len(body["damage"]) == header["num_damaged"]
+            and all(isinstance(item["key"], str) and isinstance(item["reason"], str) for item in body["bad"])
+            and all(isinstance(item["reason"], str) for item in body["damage"])
+            and all(isinstance(reason, str) for reason in body["text_problems"].values())
+        )
+        return body if well_formed else None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def _is_members(table: list, number: int, required: bool, file_size: int) -> bool:
+    """Whether `table` is [offset, size, crc32] for each of `number` samples, all inside the file; offset -1: none."""
+    if not number:
+        return table == []
+    values = np.array(table)
+    if values.dtype != np.int64 or values.shape != (number, 3):
+        return False
+    inside = (values[:, :2] >= 0).all(1) & (values[:, :2] <= file_size).all(1) & (values[:, :2].sum(1) <= file_size)
+    absent = (values == (-1, 0, 0)).all(1) & (not required)
+    return bool((inside | absent).all() and (values[:, 2] >= 0).all() and (values[:, 2] < 2**32).all())
+
+
+def open_indexes(
+    shards: Sequence[Path | RemoteShard],
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    num_processes: int | None = None,
+    packed: bool = False,
+) -> Iterator[tuple[dict, Packed | None]]:
+    """`open_index` of many shards, in order: (header, rows for a manifest if `packed`) each.
+
+    Indexes that must be built are built by `num_processes` processes (None: one a core); the files are the same for
+    any number. Where there is little to do, or processes cannot be started, this process does the work.
+    """
+    count = min(len(os.sched_getaffinity(0)) if num_processes is None else num_processes, len(shards))
+    missing = 0
+    if count > 1 and not multiprocessing.current_process().daemon:
+        for shard in shards:
+            if missing >= PARALLEL_BYTES:
+                break
+            path = shard.path if isinstance(shard, RemoteShard) else shard
+            if not any(candidate.exists() for candidate in _index_paths(path, cache_dir)):
+                missing += shard.size if isinstance(shard, RemoteShard) else _status(path).st_size
+    done = 0
+    if missing >= PARALLEL_BYTES:
+        # Python and not the checksum takes most of the time, so threads would wait for each other.
+        pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            for result in pool.map(_open_and_pack, shards, itertools.repeat(cache_dir), itertools.repeat(packed)):
+                done += 1
+                if progress:
+                    progress(done, len(shards))
+                yield result
+        except BrokenProcessPool:
+            pass  # a script without a main guard, or a process killed for memory: go on alone
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    for shard in shards[done:]:
+        result = _open_and_pack(shard, cache_dir, packed)
+        done += 1
+        if progress:
+            progress(done, len(shards))
+        yield result
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # shard set
+
+
+def manifest_name(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """File name of a source's manifest: one for one way of naming the shards, so that a source that grew replaces it."""
+    items = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
+    return f"manifest-{names_digest(item if is_url(os.fspath(item)) else os.path.abspath(item) for item in items)[:16]}.bin"
+
+
+def _open_manifest(path: Path) -> Manifest | None:
+    try:
+        return Manifest(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def parse_caption(spec: str | Mapping[str, float]) -> dict[str, float]:
@@ -645,8 +821,10 @@ def parse_caption(spec: str | Mapping[str, float]) -> dict[str, float]:
 class ShardSet:
     """The usable samples of some shards, by (shard, sample) number.
 
-    `num_samples[s]` counts what has a picture and at least one wanted caption column. Cheap to pickle; files and
-    indexes are opened lazily in each process and at most `max_open` stay open.
+    `num_samples[s]` counts what has a picture and at least one wanted caption column; `num_bad` what has none. From
+    `manifest_shards` shards on their indexes are kept in one file too, so that opening takes milliseconds. Cheap to
+    pickle; files and indexes are opened lazily in each process and at most `max_open` stay open. Shards may be URLs of
+    stores (`remote.PROTOCOLS`): whole ones are kept in `shard_cache`, their indexes stay there, and `paths` are the copies.
     """
 
     def __init__(
@@ -656,30 +834,111 @@ class ShardSet:
         cache_dir: str | os.PathLike | None = None,
         max_open: int = 64,
         progress: Callable[[int, int], None] | None = None,
+        manifest_shards: int = MANIFEST_SHARDS,
+        num_processes: int | None = None,
+        shard_cache: ShardCache | None = None,
     ):
-        self.caption, self.max_open = parse_caption(caption), max_open
-        self.paths = expand_pattern(patterns)
-        self._headers: list[dict] = []
-        self._index_paths: list[Path] = []
-        for number, path in enumerate(self.paths):
-            header, where = open_index(path, cache_dir)
-            self._headers.append(header)
-            self._index_paths.append(where)
-            if progress:
-                progress(number + 1, len(self.paths))
-        self.num_samples = [
-            sum(count for mask, count in header["column_counts"].items() if int(mask) & self._wanted(header["columns"]))
-            for header in self._headers
-        ]
+        self.caption, self.max_open, self._cache_dir = parse_caption(caption), max_open, cache_dir
+        names = _expand_names(patterns)
+        self.remote = self._find_remote(names, shard_cache)
+        self.paths = [shard.path for shard in self.remote] if self.remote else list(map(Path, names))
+        self._manifest_path: Path | None = None
+        self._manifest_identity = ""
+        manifest = None
+        if len(self.paths) >= manifest_shards:
+            manifest = self._fresh_manifest(patterns, names, progress, num_processes)
+        if manifest is not None:
+            self._manifest_path, self._manifest_identity = manifest.path, manifest.identity
+            usable, every = manifest.num_samples(self.caption)
+            self.num_samples, self.digests = usable.tolist(), manifest.digests
+            self.sizes = manifest.size.tolist()
+            self._num_bad = (manifest.num_bad + manifest.num_damaged + every - usable).tolist()
+        else:
+            headers = [header for header, _ in open_indexes(self.remote or self.paths, cache_dir, progress, num_processes)]
+            self.num_samples = [
+                sum(count for mask, count in header["column_counts"].items() if int(mask) & self._wanted(header["columns"]))
+                for header in headers
+            ]
+            self.sizes, self.digests = [header["size"] for header in headers], [header["digest"] for header in headers]
+            self._num_bad = [
+                header["num_bad"] + header["num_damaged"] + sum(header["column_counts"].values()) - count
+                for header, count in zip(headers, self.num_samples)
+            ]
         self._reset()
+
+    @staticmethod
+    def _find_remote(names: list[str], cache: ShardCache | None) -> list[RemoteShard]:
+        """The shards behind URLs; empty for local ones."""
+        urls = [name for name in names if is_url(name)]
+        if not urls:
+            return []
+        if len(urls) < len(names):
+            raise UserError(f"shards '{urls[0]}': a source is either URLs or local paths; make two sources of them")
+        return (cache or ShardCache(default_cache_dir().parent / "shards", DEFAULT_CACHE_BYTES)).shards(urls)
+
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Fetch remote shards in the background, in this order; nothing for local ones. Errors show when one is read."""
+        if not self.remote or self._ahead[:2] == (os.getpid(), shards):
+            return
+        process, _, wanted = self._ahead
+        if process != os.getpid():  # a forked worker has its parent's attributes but not its threads
+            wanted = queue.SimpleQueue()
+            threading.Thread(target=self._fetch_ahead, args=(wanted,), daemon=True).start()
+        self._ahead = os.getpid(), shards, wanted
+        for shard in shards:
+            wanted.put(shard)
+
+    def _fetch_ahead(self, wanted: queue.SimpleQueue) -> None:
+        while True:
+            with contextlib.suppress(UserError, OSError):
+                self.remote[wanted.get()].fetch()
+
+    def _fresh_manifest(
+        self, patterns: Any, names: list[str], progress: Callable[[int, int], None] | None, num_processes: int | None
+    ) -> Manifest | None:
+        """The manifest of these shards as they are now, written anew when there is none; None when it cannot be."""
+        file_name = manifest_name(patterns)
+        folders = [self.paths[0].parent, Path(self._cache_dir or default_cache_dir())]
+        if self.remote:
+            folders = [self.remote[0].cache.folder]
+        elif self._cache_dir is not None or len({name.rpartition("/")[0] for name in names}) > 1:
+            folders.reverse()
+        digest = names_digest(names)
+        if self.remote:
+            facts = np.array([(shard.size, shard.mtime_ns) for shard in self.remote], dtype=np.int64)
+        else:
+            facts = np.array([(status.st_size, status.st_mtime_ns) for status in map(_status, names)], dtype=np.int64)
+        for folder in folders:
+            manifest = _open_manifest(folder / file_name)
+            if manifest is not None and manifest.names == digest and len(manifest) == len(self.paths):
+                if np.array_equal(facts[:, 0], manifest.size) and np.array_equal(facts[:, 1], manifest.mtime_ns):
+                    return manifest
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_file(folder / file_name) as file:
+                    opened = open_indexes(self.remote or self.paths, self._cache_dir, progress, num_processes, packed=True)
+                    write_manifest(file, digest, (pack for _, pack in opened))
+            except ValueError:
+                return None
+            except OSError:
+                continue
+            return _open_manifest(folder / file_name)
+        return None
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self._bodies: OrderedDict[int, _Body] = OrderedDict()
+        self._rows: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._ahead: tuple = (None, (), None)  # process, shards asked for last, queue of its fetching thread
+        # Opened here and not handed on, so that every process has its own; one that was replaced since is not used.
+        manifest = _open_manifest(self._manifest_path) if self._manifest_path else None
+        self._manifest = manifest if manifest is not None and manifest.identity == self._manifest_identity else None
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_files", "_bodies")}
+        left = ("_lock", "_files", "_bodies", "_rows", "_manifest", "_ahead")
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -691,23 +950,25 @@ class ShardSet:
     def shard_facts(self) -> list[dict]:
         """Per shard: name, size in bytes, number of usable samples, index digest (for the fingerprint)."""
         return [
-            {"name": path.name, "size": header["size"], "count": count, "digest": header["digest"]}
-            for path, header, count in zip(self.paths, self._headers, self.num_samples)
+            {"name": path.name, "size": size, "count": count, "digest": digest}
+            for path, size, count, digest in zip(self.paths, self.sizes, self.num_samples, self.digests)
         ]
 
-    def bad_samples(self) -> list[str]:
-        """'shard: key: reason' of everything without a position, and of damage that may have swallowed a sample."""
-        named = []
-        for shard, (path, header) in enumerate(zip(self.paths, self._headers)):
-            if (
-                header["num_bad"]
-                or header["num_damaged"]
-                or self.num_samples[shard] < sum(header["column_counts"].values())
-            ):
+    @property
+    def num_bad(self) -> int:
+        """How many lines `bad_samples` has, without reading them."""
+        return sum(self._num_bad)
+
+    def bad_samples(self, limit: int | None = None) -> list[str]:
+        """'shard: key: reason' of everything without a position, and of damage that may have swallowed a sample; the
+        first `limit` of them."""
+        named: list[str] = []
+        for shard, (path, count) in enumerate(zip(self.paths, self._num_bad)):
+            if count and (limit is None or len(named) < limit):
                 body = self._body(shard)
                 named += [f"{path.name}: {item['key']}: {item['reason']}" for item in body.bad]
                 named += [f"{path.name}: (damage): {item['reason']}" for item in body.damage]
-        return named
+        return named[:limit]
 
     def read(self, shard: int, sample: int, draws: Draws | None = None) -> RawSample:
         """One sample by offset, checksums verified. `draws` chooses among several captions; None takes the first
@@ -715,25 +976,43 @@ class ShardSet:
 
         Raises BadSample when the bytes are not those that were indexed, UserError when the shard itself is gone.
         """
-        body = self._body(shard)
-        index = int(body.usable[sample])
-        key, name = body.keys[index], self.paths[shard].name
-        image = self._member(shard, body, index, "image", "picture")
-        column = self._choose_column(body, body.masks[index], draws)
-        if column == "txt" and body.members["text"][index, 0] >= 0:
-            return RawSample(key, image, self._member(shard, body, index, "text", "caption").decode("utf-8"), name)
-        metadata = json.loads(self._member(shard, body, index, "metadata", "metadata"))
-        captions = _texts(metadata["caption" if column == "txt" else column.removeprefix("json:")])
+        entry, name = self._entry(shard, sample), self.paths[shard].name
+        image = self._member(shard, entry.key, entry.image, "picture")
+        captions = self._captions(shard, entry, self._choose_column(entry.columns, draws))
+        if not captions:
+            raise BadSample(name, entry.key, "the index promises a caption that is not there")
         return RawSample(
-            key, image, captions[draws.integers(0, len(captions)) if draws and len(captions) > 1 else 0], name
+            entry.key, image, captions[draws.integers(0, len(captions)) if draws and len(captions) > 1 else 0], name
         )
 
-    def key(self, shard: int, sample: int) -> str:
-        body = self._body(shard)
-        return body.keys[int(body.usable[sample])]
+    def _captions(self, shard: int, entry: Entry, column: str) -> list[str]:
+        """The captions in one column; empty where the index does not tell the truth about it."""
+        try:
+            if column == "txt" and entry.text is not None:
+                return _texts(self._member(shard, entry.key, entry.text, "caption").decode("utf-8"))
+            if entry.metadata is None:
+                return []
+            metadata = json.loads(self._member(shard, entry.key, entry.metadata, "metadata"))
+            return _texts(metadata["caption" if column == "txt" else column.removeprefix("json:")])
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return []
 
-    def _choose_column(self, body: _Body, mask: int, draws: Draws | None) -> str:
-        columns = [name for name in self.caption if name in body.columns and mask >> body.columns.index(name) & 1]
+    def members(self, shard: int, sample: int) -> tuple[str, bytes, bytes | None, bytes | None]:
+        """(key, picture, .txt, .json) of one sample as they stand in the tar, checksums verified; None: it has none.
+        Raises as `read`."""
+        entry = self._entry(shard, sample)
+        image = self._member(shard, entry.key, entry.image, "picture")
+        text, metadata = (
+            self._member(shard, entry.key, member, word) if member is not None else None
+            for member, word in ((entry.text, "caption"), (entry.metadata, "metadata"))
+        )
+        return entry.key, image, text, metadata
+
+    def key(self, shard: int, sample: int) -> str:
+        return self._entry(shard, sample).key
+
+    def _choose_column(self, present: frozenset[str], draws: Draws | None) -> str:
+        columns = [name for name in self.caption if name in present]
         if draws is None or len(columns) == 1:
             return columns[0]
         target = draws.uniform() * sum(self.caption[name] for name in columns)
@@ -743,12 +1022,11 @@ class ShardSet:
                 return name
         return columns[-1]
 
-    def _member(self, shard: int, body: _Body, index: int, kind: str, word: str) -> bytes:
-        offset, size, crc = map(int, body.members[kind][index])
-        name, key = self.paths[shard].name, body.keys[index]
-        file = self._file(shard)  # held here, so that another thread's eviction cannot close it under us
+    def _member(self, shard: int, key: str, member: tuple[int, int, int], word: str) -> bytes:
+        offset, size, crc = member
+        name = self.paths[shard].name
         try:
-            data = os.pread(file.fileno(), size, offset)
+            data = self._pread(shard, size, offset)
         except OSError as error:
             raise BadSample(name, key, f"{word} cannot be read ({error.strerror})") from error
         if len(data) != size:
@@ -757,21 +1035,58 @@ class ShardSet:
             raise BadSample(name, key, f"{word} differs from what was indexed (checksum)")
         return data
 
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        """Bytes of a shard; what the disk refuses is tried again, from opening on, before it counts."""
+        for wait in (*RETRY_WAITS, None):
+            try:
+                file = self._file(shard)  # held here, so that another thread's eviction cannot close it under us
+            except OSError as error:
+                if wait is None:
+                    raise UserError(
+                        f"{self.paths[shard]}: the shard disappeared while in use ({error.strerror}; tried {len(RETRY_WAITS) + 1} "
+                        "times); bring it back and start the same command again"
+                    ) from error
+            else:
+                try:
+                    return os.pread(file.fileno(), size, offset)
+                except OSError:
+                    if wait is None:
+                        raise
+                    with self._lock:
+                        self._files.pop(shard, None)
+            time.sleep(wait)
+        raise AssertionError("unreachable")
+
     def _file(self, shard: int) -> io.FileIO:
         with self._lock:
             file = self._files.get(shard)
             if file is None:
-                try:
-                    file = open(self.paths[shard], "rb", buffering=0)
-                except OSError as error:
-                    raise UserError(
-                        f"{self.paths[shard]}: the shard disappeared while in use ({error.strerror})"
-                    ) from error
-                self._files[shard] = file
+                opened = self.remote[shard].open() if self.remote else open(self.paths[shard], "rb", buffering=0)
+                file = self._files[shard] = opened
                 if len(self._files) > self.max_open:
                     self._files.popitem(last=False)  # closed when its last reader lets go of it
             self._files.move_to_end(shard)
             return file
+
+    def _entry(self, shard: int, sample: int) -> Entry:
+        """The index's facts about one sample: from the manifest, or from the shard's own index."""
+        if self._manifest is not None:
+            with self._lock:
+                loaded = self._rows.get(shard)
+                if loaded is None:
+                    loaded = self._manifest.rows(shard, self.caption)
+                    if loaded is not None:
+                        self._rows[shard] = loaded
+                        if len(self._rows) > self.max_open:
+                            self._rows.popitem(last=False)
+                if loaded is not None:
+                    self._rows.move_to_end(shard)
+            if loaded is not None:
+                rows, usable = loaded
+                number = int(usable[sample])
+                return self._manifest.entry(shard, rows[number]) or self._body(shard).entry(number)
+        body = self._body(shard)
+        return body.entry(int(body.usable[sample]))
 
     def _body(self, shard: int) -> _Body:
         with self._lock:
@@ -784,16 +1099,10 @@ class ShardSet:
             return body
 
     def _load(self, shard: int) -> _Body:
-        path, header = self._index_paths[shard], self._headers[shard]
-        try:
-            with open(path, "rb") as file:
-                file.readline()
-                data = file.read().rstrip(b"\n")
-        except OSError as error:
-            raise UserError(f"{path}: the index disappeared while in use ({error.strerror})") from error
-        if _digest(data) != header["digest"]:
-            raise UserError(f"{path}: the index is damaged or was rebuilt for other data; delete it and start again")
-        raw = json.loads(data)
+        digest, path = self.digests[shard], self.paths[shard]
+        # The index of the data this set was opened on, even when the shard was written to since: its checksums tell.
+        where = next((p for p in _index_paths(path, self._cache_dir) if (_read_header(p) or {}).get("digest") == digest), None)
+        raw = _read_body(where or _open_index_of(self.remote[shard] if self.remote else path, self._cache_dir)[1], digest)
         wanted = self._wanted(raw["columns"])
         usable = np.array([number for number, mask in enumerate(raw["mask"]) if mask & wanted], dtype=np.int64)
         missing = " or ".join(self.caption)
@@ -899,6 +1208,8 @@ def _caption_rows(folder: Path, captions_file: Path | None) -> Iterator[tuple[st
                     yield f"line {number}", None
     except OSError as error:
         raise UserError(f"{captions_file}: cannot be read ({error.strerror})") from error
+    except csv.Error as error:
+        raise UserError(f"{captions_file}: is not a CSV table ({error}); mend it or write JSONL") from error
 
 
 def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict:
@@ -917,7 +1228,13 @@ def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError("picture lies outside the folder")
     try:
+        if not path.is_file():  # a pipe or a device would be read without end
+            raise ValueError("no such file")
+        if path.stat().st_size > max_bytes:
+            raise BadImage(f"{path.stat().st_size} bytes, over the limit of {int(max_bytes)}")
         data = path.read_bytes()
+    except BadImage as error:
+        raise ValueError(error.reason) from error
     except (OSError, ValueError) as error:
         raise ValueError("picture is missing or unreadable") from error
     try:
@@ -927,6 +1244,10 @@ def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict
     numbered = {f"caption_{number}": text for number, text in enumerate(captions)}
     metadata = {name: value for name, value in row.items() if name is not None and name not in ("captions", "caption")}
     metadata |= {"captions": captions, **numbered, "height": header.height, "width": header.width}
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that is not Unicode (half of a surrogate pair)") from None
     return {"key": None, "image_bytes": data, "ext": header.extension, "caption": captions[0], "json": metadata}
 
 

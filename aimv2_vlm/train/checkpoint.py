@@ -7,9 +7,13 @@ renamed.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +23,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import Loop, Optimizer, UserError
 from aimv2_vlm.train.directory import fsync_path, sync_tree, write_atomically
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
 
 PREFIX, FORMAT = "step_", 1
+WRITE_ATTEMPTS, FIRST_PAUSE_S = 3, 1.0  # of a checkpoint on storage that fails now and then; the pause doubles
+TRANSIENT = (errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ECONNRESET)
 # What reading a broken file raises.
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
@@ -42,9 +48,40 @@ def save(
 ) -> None:
     """Write `tensors` and `state` as `folder/step_<step>`; then remove all but the `keep_last` newest.
 
-    A collective call. Raises UserError on every process when the disk is full or not writable; the previous checkpoint
-    stays as it was. A step that is already there keeps its tensors (a step has one set of weights), its state changes.
+    A collective call. What storage refuses now and then is tried again from the start, WRITE_ATTEMPTS times in all (after
+    a failed fsync the pages written before may be gone). Raises UserError on every process when the disk is full or not
+    writable; the previous checkpoint stays as it was. A step that is already there keeps its tensors (a step has one set
+    of weights), its state changes.
     """
+    target = folder / _name(step)
+    for attempt in range(1, WRITE_ATTEMPTS + 1):
+        try:
+            _try_to_save(folder, step, tensors, state, placement)
+            break
+        except Refused as refused:
+            if attempt == WRITE_ATTEMPTS or not refused.transient:
+                raise UserError(f"{target}: the checkpoint could not be written ({refused}); the previous one is intact; "
+                                "make room or mend the folder and start the same command again") from None
+            pause = FIRST_PAUSE_S * 2 ** (attempt - 1)
+            if placement.is_main:
+                say(f"warning: {target}: could not be written ({refused}); trying again in {pause:g} s")
+            time.sleep(pause)
+    if placement.is_main:
+        try:
+            rotate(folder, keep_last)
+        except OSError as error:  # the new one is safe, and the next save rotates again
+            say(f"warning: {folder}: an old checkpoint could not be removed ({error.strerror or error})")
+
+
+class Refused(Exception):
+    """What the operating system refused to one process at least; raised on all of them."""
+
+    def __init__(self, reason: str, transient: bool):
+        super().__init__(reason)
+        self.transient = transient
+
+
+def _try_to_save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement) -> None:
     target, temporary = folder / _name(step), folder / f".{_name(step)}.tmp"
     there: list[bool] = []
 
@@ -65,30 +102,27 @@ def save(
             _publish(temporary, target, {"format": FORMAT, "step": step, **state})
 
     try:
-        _together(prepare, target, placement)
+        _together(prepare, placement)
         if placement.any(any(there)):
-            _together(lambda: _restate(target, state, placement), target, placement)
+            _together(lambda: _restate(target, state, placement), placement)
         else:
-            _together(write, target, placement)
-            _together(publish, target, placement)
+            _together(write, placement)
+            _together(publish, placement)
     finally:
         if placement.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-    if placement.is_main:
-        rotate(folder, keep_last)
 
 
-def _together(act: Callable[[], None], target: Path, placement: Placement) -> None:
+def _together(act: Callable[[], None], placement: Placement) -> None:
     """`act` on every process; what the disk refuses to one of them is an error on all, so that nobody waits for it."""
-    problem = ""
+    problem, lasting = "", False
     try:
         act()
     except OSError as error:
-        problem = error.strerror or str(error)
+        problem, lasting = error.strerror or str(error), error.errno not in TRANSIENT
     problem = "; ".join(sorted(set(filter(None, placement.gather_strings([problem])))))
     if problem:
-        raise UserError(f"{target}: the checkpoint could not be written ({problem}); the previous one is intact; "
-                        "make room or mend the folder and start the same command again")
+        raise Refused(problem, not placement.any(lasting))
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Placement) -> None:
@@ -109,7 +143,7 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], placement: Pla
 
 def _publish(temporary: Path, target: Path, state: dict[str, Any]) -> None:
     files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-    write_atomically(temporary / "state.json", json.dumps(state | {"files": files}, indent=1))
+    write_atomically(temporary / "state.json", _sealed(state | {"files": files}))
     sync_tree(temporary)
     if target.exists():  # incomplete, or `save` would have kept it
         shutil.rmtree(target)
@@ -117,11 +151,48 @@ def _publish(temporary: Path, target: Path, state: dict[str, Any]) -> None:
     fsync_path(target.parent)
 
 
+def _sealed(state: dict[str, Any]) -> str:
+    """state.json's text, with a digest of all it says."""
+    return json.dumps(state | {"digest": _digest(state)}, indent=1)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    said = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _restate(target: Path, state: dict[str, Any], placement: Placement) -> None:
     if placement.is_main:
         old = json.loads((target / "state.json").read_text(encoding="utf-8"))
-        write_atomically(target / "state.json", json.dumps(old | state, indent=1))
+        write_atomically(target / "state.json", _sealed(old | state))
         fsync_path(target)
+
+
+def check_room(folder: Path, model: torch.nn.Module, optim: Optimizer, loop: Loop, placement: Placement) -> None:
+    """Refuse a run whose checkpoints (one more than it keeps, while it writes) and final model do not fit on the disk.
+
+    folder: where its checkpoints go, or lie already (what they take is counted as theirs). model: before it is placed. A
+    collective call. Raises UserError with the figures on every process.
+    """
+    problem = ""
+    if placement.is_main:
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        final = sum(p.numel() * p.element_size() for p in model.parameters())
+        one, count = 3 * trained, min(max(1, loop.keep_last) + 1, math.ceil(optim.steps / loop.save_every))  # weights, two moments
+        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        needed = max(0, count * one - taken) + final
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            problem = (f"{folder}: {count} checkpoints of {_size(one)} and the final model of {_size(final)} need {_size(needed)} more, "
+                       f"but {_size(free)} are free; make room, lower train.keep_last ({loop.keep_last}) or choose another out=")
+    problem = placement.gather_strings([problem])[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def rotate(folder: Path, keep_last: int) -> None:
@@ -168,6 +239,8 @@ def _verify(path: Path) -> tuple[str, dict[str, Any]]:
             return f"format {form} is not {FORMAT}", {}
         if not files or path.name != _name(state["step"]):
             return "state.json names no files or another step", {}
+        if state.get("digest") != _digest(state):
+            return "state.json is damaged: its digest does not fit", {}
     except BROKEN as error:
         return f"state.json cannot be read: {error!r}", {}
     for file, size in files.items():

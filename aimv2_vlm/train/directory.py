@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -10,8 +12,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import UserError
@@ -30,6 +35,24 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+# What a disk, a quota, a mount or a network file system answers; every other OSError is a fault of the program.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+                  errno.ETIMEDOUT, errno.EREMOTEIO)
+
+
+@contextlib.contextmanager
+def storage_errors(folder: str | Path | None) -> Iterator[None]:
+    """What storage refuses inside becomes a UserError of one line that names the file, or else `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in STORAGE_ERRORS:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{getattr(error, 'filename', None) or folder}: {reason}; what was saved before is intact; make room or mend "
+                        "the folder and start the same command again") from error
 
 
 def versions() -> dict[str, str]:
@@ -123,10 +146,14 @@ class RunDirectory:
         logging.disable_progress_bar()  # a bar for writing one file would only hide the run's own lines
         temporary = self.path / ".final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        sync_tree(temporary)
-        os.replace(temporary, self.final)
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            sync_tree(temporary)
+            os.replace(temporary, self.final)
+            fsync_path(self.path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # a half-written model would keep a full disk full
 
     def write_json(self, name: str, content: Any) -> None:
         if self.is_main:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from aimv2_vlm.config import Loop, Optimizer, UserError
+from aimv2_vlm.config import EXIT_STOPPED, Loop, Optimizer, UserError
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.directory import RunDirectory
 from aimv2_vlm.train.distributed import Placement
@@ -26,7 +26,6 @@ from aimv2_vlm.train.objectives import Batch, TrainingObjective
 from aimv2_vlm.train.optim import learning_rate
 
 JUDGED_SAMPLES, FIRST_JUDGEMENT = 10_000, 1_000
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, start the same command again
 
 
 class Stopped(Exception):
@@ -94,7 +93,10 @@ class BadSamples:
 
 
 class StepDataset(Dataset):
-    """Item `step` = this process's micro-batches of that step; how many workers fetch them changes nothing."""
+    """Item `step` = this process's micro-batches of that step; how many workers fetch them changes nothing.
+
+    A string instead: what cannot be read any more (an exception would come out of a worker with its traceback as text).
+    """
 
     def __init__(self, micro_batches: Callable[[int], list[Batch]], num_steps: int):
         self.micro_batches, self.num_steps = micro_batches, num_steps
@@ -102,8 +104,11 @@ class StepDataset(Dataset):
     def __len__(self) -> int:
         return self.num_steps
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return self.micro_batches(step)
+    def __getitem__(self, step: int) -> list[Batch] | str:
+        try:
+            return self.micro_batches(step)
+        except (UserError, OSError) as error:
+            return str(error) or repr(error)
 
 
 def _start_worker(_: int) -> None:
@@ -112,7 +117,7 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def fetch_steps(dataset: StepDataset, start: int, num_workers: int) -> Iterator[list[Batch]]:
+def fetch_steps(dataset: StepDataset, start: int, num_workers: int) -> Iterator[list[Batch] | str]:
     loader = DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=num_workers,
                         prefetch_factor=2 if num_workers else None, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
     yield from loader
@@ -213,10 +218,11 @@ def train(
     log = MetricsLog(directory.path, step, loop.trackers) if placement.is_main else None
     progress = Progress(what, optim.steps, step, placement.is_main)
 
-    def save(stopped: str = "") -> None:
+    def save(stopped: str = "", exit_code: int | None = None) -> None:
+        # torchrun replaces exit codes, so the checkpoint carries it
         directory.write_json("data_report.json", {**(report or {}), "bad_samples_in_training": bad.total, "named": bad.named})
         content = {"samples": samples, "tokens": tokens, "fingerprint": fingerprint, "world": placement.world,
-                   "bad": bad.state(), "stopped": stopped}
+                   "bad": bad.state(), "stopped": stopped, "exit_code": exit_code}
         checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last)
 
     def stopped(message: str, exit_code: int) -> Stopped:
@@ -227,16 +233,25 @@ def train(
     saved_step = step
     last_time, last_samples, waited = time.monotonic(), samples, 0.0
     with StopSignals() as stop:
+        def leave() -> None:
+            if step > 0:  # a checkpoint of this very step only learns the reason
+                save(stop.name or "signal", EXIT_STOPPED)
+            raise stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
+
         try:
             while step < optim.steps:
                 before = time.monotonic()
                 batches = next(steps)
                 waited += time.monotonic() - before
-                counts = placement.sum_counts(add_counts(objective, batches) | {"stop": int(bool(stop.name))})
+                unreadable = batches if isinstance(batches, str) else ""
+                asks = {"stop": int(bool(stop.name)), "unreadable": int(bool(unreadable))}
+                counts = placement.sum_counts(add_counts(objective, [] if unreadable else batches) | asks)
+                if counts["unreadable"]:
+                    if step > 0:
+                        save("data cannot be read")
+                    raise UserError(unreadable or "data: another process cannot read its samples any more")
                 if counts["stop"]:
-                    if step > saved_step:
-                        save(stop.name or "signal")
-                    raise stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
+                    leave()
                 rate = learning_rate(step, optim)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
@@ -270,6 +285,8 @@ def train(
                     if step > saved_step:
                         save("stop_after")
                     raise stopped(f"{what}: left after step {step} as train.stop_after says", 0)
+            if placement.any(bool(stop.name)):  # during the last step
+                leave()
         finally:
             progress.close()
             if log is not None:

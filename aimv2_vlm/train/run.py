@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from aimv2_vlm.data.captions import CaptionTokenizer, train_tokenizer
 from aimv2_vlm.data.chat import ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
 from aimv2_vlm.data.conversations import ConversationSet, check_bad_fraction
-from aimv2_vlm.data.order import Order, compare_fingerprints
+from aimv2_vlm.data.order import Order, compact_fingerprint, compare_fingerprints
 from aimv2_vlm.data.pairs import PairDataset
-from aimv2_vlm.data.shards import pack
+from aimv2_vlm.data.remote import ShardCache
+from aimv2_vlm.data.shards import atomic_file, default_cache_dir, pack
 from aimv2_vlm.data.tiling import Tiling
 from aimv2_vlm.models.assistant import (
     AssistantForTraining, build_assistant, check_context, encode_views, image_statistics, part_of, set_trainable,
 )
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
-from aimv2_vlm.train.directory import RunDirectory
+from aimv2_vlm.train import checkpoint
+from aimv2_vlm.train.directory import RunDirectory, storage_errors
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import check_batch, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
@@ -36,9 +39,21 @@ from aimv2_vlm.train.optim import build_optimizer, describe, parameter_groups
 
 TOKENIZER_TEXTS = 200_000  # a tokenizer trained for a run sees at most this many texts
 
+
+def told_in_one_line(entry: Callable[..., Path]) -> Callable[..., Path]:
+    """A training entry whose disk troubles are UserErrors of one line."""
+    @wraps(entry)
+    def guarded(recipe: Any, restart: bool = False) -> Path:
+        with storage_errors(recipe.out):
+            return entry(recipe, restart)
+
+    return guarded
+
+
 # ------------------------------------------------------------------------------------------------------------ pre-training
 
 
+@told_in_one_line
 def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     """Pre-train an encoder by `recipe` (paper section 2.1); returns the folder of the finished model (`final/`)."""
     placement = Placement(recipe.train.strategy, recipe.precision)
@@ -48,12 +63,16 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
         optim = resolve_steps(recipe.optim, data.epoch_positions, placement)
         rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size)
         model = seeded(recipe.seed, rebuild)
+        checkpoint.check_room(directory.checkpoints, model, optim, recipe.train, placement)
         objective = AIMv2Objective(recipe.objective.pixel_weight, num_patches(recipe), recipe.image.mean, recipe.image.std)
         model, optimizer = placement.place(model, partial(make_optimizer, optim=optim, placement=placement, roles=model.parameter_roles()))
+        facts = data.fingerprint()
         train(
             directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
-            micro_batches=PairSteps(data, optim, placement), optim=optim, loop=recipe.train, fingerprint=data.fingerprint(),
-            compare=compare_fingerprints, changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
+            micro_batches=PairSteps(data, optim, placement), optim=optim, loop=recipe.train,
+            fingerprint=compact_fingerprint(facts, directory.path, write=placement.is_main),
+            # every process has the new shards at hand; only the old ones are looked up
+            compare=lambda old, _: compare_fingerprints(old, facts, directory.path), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
             report=pair_report(data), what="pre-training",
             validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
         )
@@ -79,6 +98,7 @@ def pair_data(
         return PairDataset(
             sources, seed, recipe.image, tokenizer, num_patches(recipe), cache_dir=recipe.data.index_dir,
             window_shards=recipe.data.window_shards, shuffle_captions=recipe.objective.shuffle_captions, progress=bar.of,
+            shard_cache=ShardCache(Path(recipe.data.shard_cache or default_cache_dir().parent / "shards"), int(recipe.data.shard_cache_gb * 2**30)),
         )
 
     def build() -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
@@ -92,13 +112,12 @@ def pair_data(
 
     tokenizer, data, held_out = placement.main_first(build)
     directory.write_json("data_report.json", pair_report(data))
-    bad = data.bad_samples()
-    total = data.num_samples + len(bad)
+    total = data.num_samples + data.num_bad
     if placement.is_main:
-        say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {len(bad):,} bad ones left out")
-    if len(bad) > recipe.data.max_bad_fraction * total:
-        raise UserError(f"data.sources: {len(bad)} of {total} samples are bad, above max_bad_fraction {recipe.data.max_bad_fraction:g} "
-                        f"(first: {bad[0]}); see data_report.json")
+        say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {data.num_bad:,} bad ones left out")
+    if data.num_bad > recipe.data.max_bad_fraction * total:
+        raise UserError(f"data.sources: {data.num_bad} of {total} samples are bad, above max_bad_fraction {recipe.data.max_bad_fraction:g} "
+                        f"(first: {data.bad_samples(1)[0]}); see data_report.json")
     return tokenizer, data, held_out
 
 
@@ -122,12 +141,12 @@ def make_caption_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callabl
     source = Path(recipe.text.tokenizer)
     if not source.is_file():
         raise UserError(f"text.tokenizer: {source}: no such sentencepiece .model file (or write `train`)")
-    shutil.copyfile(source, path)
+    with atomic_file(path) as file:
+        file.write(source.read_bytes())
 
 
 def pair_report(data: PairDataset) -> dict[str, Any]:
-    bad = data.bad_samples()
-    return {"samples": data.num_samples, "bad_samples_in_index": len(bad), "named_in_index": bad[:1000]}
+    return {"samples": data.num_samples, "bad_samples_in_index": data.num_bad, "named_in_index": data.bad_samples(1000)}
 
 
 def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int) -> AIMv2ForPreTraining:
@@ -187,6 +206,7 @@ def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: Pretra
 # ------------------------------------------------------------------------------------------------------ instruction tuning
 
 
+@told_in_one_line
 def sft(recipe: SftRecipe, restart: bool = False) -> Path:
     """Tune an assistant by `recipe` (section 4.3.1); returns its folder (`final/`), a stock transformers checkpoint."""
     placement = Placement(recipe.train.strategy, recipe.precision)
@@ -199,6 +219,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
         check_context(assistant, tiling.num_image_tokens(*tiling.resolution), 1)
         report_parts(set_trainable(assistant, recipe.trainable), placement)
+        checkpoint.check_room(directory.checkpoints, assistant, optim, recipe.train, placement)
         features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
                                   tiling, processor.image_processor, features, max_length(recipe, assistant))
@@ -233,9 +254,12 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
     if recipe.llm.path is not None:
         return None
     folder = directory.path / "tokenizer"
-    if placement.is_main and not (folder / "tokenizer_config.json").exists():
+    if placement.is_main and not folder.exists():
         rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
-        train_chat_tokenizer((turn.text for row in rows for turn in row.turns), folder, recipe.llm.vocab_size, recipe.llm.template)
+        temporary = directory.path / ".tokenizer.tmp"  # several files: a kill between two must not leave half a tokenizer
+        shutil.rmtree(temporary, ignore_errors=True)
+        train_chat_tokenizer((turn.text for row in rows for turn in row.turns), temporary, recipe.llm.vocab_size, recipe.llm.template)
+        os.replace(temporary, folder)
     placement.barrier()
     return folder
 
@@ -324,7 +348,8 @@ def open_run(recipe: Any, placement: Placement, restart: bool) -> RunDirectory:
     """The run directory on every process; rank 0 holds the lock and refuses a changed recipe."""
     problem, directory = "", None
     try:
-        directory = RunDirectory(recipe.out, recipe, restart, placement.is_main, placement.world)
+        with storage_errors(recipe.out):
+            directory = RunDirectory(recipe.out, recipe, restart, placement.is_main, placement.world)
     except UserError as error:
         problem = str(error)
     if placement.any(bool(problem)):
@@ -364,13 +389,20 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
             write: Callable[[Path, torch.nn.Module], None]) -> None:
     """Write `final/` with the full trained weights, wherever they lie; rank 0 writes."""
     state = placement.full_state(placed)
+    problem = ""
     if placement.is_main:
         model = placement.unwrap(placed)
         if placement.shards_weights:
             model = rebuild()
             model.load_state_dict(state, strict=True)
-        directory.publish(lambda folder: write(folder, model))
-    placement.barrier()
+        try:
+            with storage_errors(directory.final):
+                directory.publish(lambda folder: write(folder, model))
+        except UserError as error:
+            problem = str(error)
+    problem = placement.gather_strings([problem])[0]  # also the moment until which the others wait
+    if problem:
+        raise UserError(problem)
 
 
 def close_run(directory: RunDirectory, placement: Placement, what: str) -> Path:
