@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -15,6 +16,7 @@ import yaml
 from aimv2_vlm import config
 from aimv2_vlm.config import UserError
 
+MAX_NODES = 100_000  # values in one YAML file, aliases written out
 FOLDERS = {"pretrain": config.PretrainRecipe, "sft": config.SftRecipe, "eval": config.EvalConfig}
 
 
@@ -53,19 +55,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
+    """YAML text as plain values; UserError naming `name` and the line when it is not valid or unfolds without end."""
+    loader = None
     try:
-        loaded = loader.get_single_data()
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _unfolded_size(node, {}) > MAX_NODES:
+            raise UserError(f"{name}: its aliases unfold to more than {MAX_NODES:,} values; write the values out")
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{name}: {where}not valid YAML ({getattr(error, 'problem', error)})") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{name}: not valid YAML ({type(error).__name__})") from None
+        raise UserError(f"{name}: {where}not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})") from None
+    except (RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        # PyYAML lets these through: nesting too deep, impossible dates and numbers, a list as a key, text under a foreign tag.
+        raise UserError(f"{name}: not valid YAML ({type(error).__name__}: {str(error)[:100]})") from None
     finally:
-        loader.dispose()
-    return loaded
+        if loader is not None:
+            loader.dispose()
+
+
+def _unfolded_size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values that a node stands for when its aliases are written out; infinite when one leads back to itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        children = node.value if isinstance(node.value, list) else []
+        known[id(node)] = 1 + sum(_unfolded_size(part, known) for child in children for part in (child if isinstance(child, tuple) else (child,)))
+    return known[id(node)]
 
 
 def recipes_dir(verb: str) -> Path:
@@ -205,7 +224,7 @@ def _coerce(hint: Any, value: Any, where: str, file: str, default: Any = None) -
         return {str(k): _coerce(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, float) and value == int(value):
+    if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

@@ -279,8 +279,9 @@ def _indexed(path: str, root: str, cache_dir: str | None) -> tuple[Rows, np.ndar
     place = _index_path(path, cache_dir)
     try:
         with safe_open(place, framework="np") as index:
-            if index.metadata() == key:
-                rows, verdicts = Rows(path, index.get_tensor("spans")), index.get_tensor("verdicts")
+            spans, verdicts = index.get_tensor("spans"), index.get_tensor("verdicts")
+            if index.metadata() == key and _fits(spans, verdicts, stat.st_size):
+                rows = Rows(path, spans)
                 missing = np.flatnonzero(verdicts == _CODE["missing_picture"])
                 verdicts[missing] = _judge_all(rows, root, missing)
                 return rows, verdicts
@@ -290,6 +291,20 @@ def _indexed(path: str, root: str, cache_dir: str | None) -> tuple[Rows, np.ndar
     verdicts = _judge_all(rows, root, range(len(rows)))
     _write_index(place, rows.spans, verdicts, key)
     return rows, verdicts
+
+
+def _fits(spans: np.ndarray, verdicts: np.ndarray, file_size: int) -> bool:
+    """Whether a stored index can be one of a file of this size."""
+    return (
+        spans.dtype == np.int64
+        and spans.ndim == 2
+        and spans.shape[1] == 2
+        and verdicts.dtype == np.uint8
+        and verdicts.shape == spans.shape[:1]
+        and bool((verdicts < len(REASONS)).all())
+        and bool(((spans >= 0) & (spans <= file_size)).all())
+        and bool((spans.sum(1) <= file_size).all())
+    )
 
 
 def _judge_all(rows: Rows, root: str, indices: Iterable[int]) -> np.ndarray:

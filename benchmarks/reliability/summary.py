@@ -1,0 +1,39 @@
+"""Work files and result lines of the reliability drivers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "reliability.jsonl"
+
+
+def done_lines(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of a driver's work file that belong to this count and seed; a line that a kill cut off does not count."""
+    lines = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if all(entry.get(name) == value for name, value in about.items()):
+            lines.append(entry)
+    return lines
+
+
+def remember(log: Path, entry: dict[str, Any]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def summarise(name: str, failures: int, unit: str, **more: Any) -> None:
+    """Print and append one result line; the peer of a count of failures is none."""
+    from aimv2_vlm.train.directory import processor, versions
+
+    line = json.dumps({"name": name, "ours": failures, "peer": 0, "ratio": None, "unit": unit, "equal": failures == 0, **more,
+                       "machine": f"{processor()} x {os.cpu_count()}", "versions": versions()})
+    print(line, flush=True)
+    remember(RESULTS, json.loads(line))
