@@ -18,12 +18,12 @@ from PIL import Image
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data import shards as shards_module
+from aimv2_vlm.data.inspection import check
 from aimv2_vlm.data.order import Draws, draws
 from aimv2_vlm.data.shards import (
     BadSample,
     ShardSet,
     build_index,
-    check,
     expand_pattern,
     pack,
     parse_caption,
@@ -612,9 +612,9 @@ def test_check_counts_and_names(tmp_path):
         ("e.jpg", broken[: len(broken) // 2]),
         ("e.txt", b"cut"),
     ]
-    report = check(write_tar(tmp_path / "s.tar", members))
+    report = check(write_tar(tmp_path / "s.tar", members), decode=True)
     assert (report["num_samples"], report["num_good"], report["num_bad"]) == (5, 3, 2)
     assert report["bad"][0] == "s.tar: d: no picture (members: txt)"
     assert report["bad"][1].startswith("s.tar: e: cannot be decoded")
     assert report["num_duplicate_pictures"] == 1 and report["num_duplicate_keys"] == 0
-    assert report["height"]["median"] == 20 and report["width"]["max"] == 24 and report["caption_words"]["mean"] == 2
+    assert report["height"]["median"] == 20 and report["width"]["max"] == 24 and report["captions"]["txt"]["words"]["mean"] == 2
