@@ -17,21 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from record import record
 
 from aimv2_vlm import demo
 from aimv2_vlm.evaluation.findings import LARGE_PRINT, SMALL_PRINT
 from aimv2_vlm.evaluation.metrics import paired_difference
 from aimv2_vlm.recipe import load_recipe
-from aimv2_vlm.train.directory import processor, versions
 from aimv2_vlm.train.metrics import say
 
 VIEW = 56  # pixels of one view; print heights are judged as they appear in it
-RESULTS = Path(__file__).parent / "results" / "demo_controls.jsonl"
 
 
 def run_seed(root: Path, seed: int, split: str) -> None:
@@ -176,12 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         run_seed(arguments.out, seed, arguments.split)
-    line = {"name": "demo_controls", "split": arguments.split, "seeds": arguments.seeds, **findings(arguments.out, arguments.seeds),
-            "machine": {"processor": processor(), "system": platform.system()}, "versions": versions()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line))
+    record("demo_controls", {"name": "demo_controls", "split": arguments.split, "seeds": arguments.seeds, **findings(arguments.out, arguments.seeds)})
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from record import record
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "distributed_worker.py"
-RESULTS = ROOT / "benchmarks" / "results" / "distributed_curves.jsonl"
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 TOLERANCES = {20: 2e-6, 200: 1e-3}
 
@@ -38,8 +39,6 @@ def largest_deviation(rows: list[dict[str, float]], expected: list[dict[str, flo
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from aimv2_vlm.train.directory import processor, versions
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=max(TOLERANCES))
     steps = parser.parse_args().steps
@@ -48,21 +47,15 @@ def main() -> None:
         run([], ("single",), steps, out)
         run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], STRATEGIES, steps, out)
         curves = {s: json.loads((out / f"{s}.json").read_text())["curve"] for s in ("single", *STRATEGIES)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        for strategy in STRATEGIES:
-            for length, tolerance in TOLERANCES.items():
-                if length > steps:
-                    continue
-                deviation = largest_deviation(curves[strategy][:length], curves["single"][:length])
-                line = json.dumps({
-                    "name": f"distributed {strategy} x 2 over {length} steps", "ours": deviation, "peer": tolerance,
-                    "ratio": deviation / tolerance, "unit": "largest loss deviation / max(1, loss)",
-                    "equal": deviation <= tolerance,
-                    "machine": f"{processor()} x {os.cpu_count()}", "versions": versions(),
-                })
-                print(line, flush=True)
-                file.write(line + "\n")
+    for strategy in STRATEGIES:
+        for length, tolerance in TOLERANCES.items():
+            if length > steps:
+                continue
+            deviation = largest_deviation(curves[strategy][:length], curves["single"][:length])
+            record("distributed_curves", {
+                "name": f"distributed {strategy} x 2 over {length} steps", "ours": deviation, "peer": tolerance,
+                "ratio": deviation / tolerance, "unit": "largest loss deviation / max(1, loss)", "equal": deviation <= tolerance,
+            })
 
 
 if __name__ == "__main__":

@@ -33,33 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import record
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "shards.jsonl"
 NUM_SHARDS, PER_SHARD, POSITION = 10_000, 1_000, 5_000_000
 DIGEST = "0123456789abcdef" * 2
 
 
-def record(name: str, ours: float, peer: float | None, unit: str, equal: bool, **more: Any) -> None:
-    from aimv2_vlm.train.directory import processor, versions
-
-    found = versions()
-    for package in ("webdataset", "open_clip_torch"):
-        try:
-            from importlib.metadata import version
-
-            found[package] = version(package)
-        except ImportError:
-            continue
+def report(name: str, ours: float, peer: float | None, unit: str, equal: bool, **more: Any) -> None:
     ratio = None if peer is None else (peer / ours if unit.startswith("s ") else ours / peer)
-    line = json.dumps({
-        "name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "equal": equal,
-        "machine": f"{processor()} x {os.cpu_count()}", "versions": found, **more,
-    })  # fmt: skip
-    print(line, flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    facts = {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "equal": equal, **more}
+    record("shards", facts, packages=("webdataset", "open_clip_torch"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ seek
@@ -171,7 +155,7 @@ def seek(rounds: int) -> None:
             rates.append(walk_rate(small))
     median = {key: statistics.median(result[key] for result in results) for key in ("seconds", "cpu_seconds", "memory", "later", "state")}
     peer = POSITION / statistics.median(rates) if all(rates) else None
-    record(
+    report(
         f"seek to sample {POSITION:,} of {NUM_SHARDS * PER_SHARD:,} in {NUM_SHARDS:,} shards", median["seconds"], peer,
         "s (peer extrapolated from 100,000 samples)", all(result["equal"] for result in results),
         cpu_s=median["cpu_seconds"], best_s=min(result["seconds"] for result in results), bytes_per_sample_on_disk=on_disk,
@@ -303,7 +287,7 @@ def shards(rounds: int, data: Path | None) -> None:
                 ours.round()
                 peer.round()
         cpu = statistics.median(ours.cpu), statistics.median(peer.cpu)
-        record(
+        report(
             f"shards to batch, {size[0]}x{size[1]} JPEG, 2 workers", statistics.median(ours.rates), statistics.median(peer.rates),
             "samples/s (ours uint8, peer normalised fp32)", ours.equal and peer.equal, rounds=rounds, worker_cpu_ms_per_sample=cpu,
             cpu_ratio=cpu[1] / cpu[0], pictures="photographs" if data else "synthetic", bytes_per_sample=mean_bytes,

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,12 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from record import record
 
 from aimv2_vlm.data.order import draws
 from aimv2_vlm.data.transforms import TrainTransform, normalize, read_header
-from aimv2_vlm.train.directory import processor, versions
 
-RESULTS = Path(__file__).parent / "results" / "transforms.jsonl"
 SIZES = ((500, 375), (1600, 1200))
 SIZE, SCALE, RATIO = 224, (0.4, 1.0), (0.75, 1.33)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -58,11 +55,7 @@ def main() -> None:
             for line in compare(jpegs, peer, args.rounds):
                 line["name"] = f"transform {line['name']}, {width}x{height} JPEG, {kind}"
                 line["peer_is"] = f"{peer_name}: normalised fp32"
-                line |= {"machine": f"{processor()} x {os.cpu_count()}", "versions": versions()}
-                print(json.dumps(line), flush=True)
-                RESULTS.parent.mkdir(exist_ok=True)
-                with open(RESULTS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                record("transforms", line)
 
 
 # ------------------------------------------------------------------------------------------------------------- both sides

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_vlm.evaluation.charts import Axis, axis, text
+from aimv2_vlm.evaluation.charts import Axis, axis
 from aimv2_vlm.evaluation.findings import (
     LARGE_PRINT,
     SMALL_PRINT,
@@ -22,6 +22,7 @@ from aimv2_vlm.evaluation.findings import (
     uses_picture,
 )
 from aimv2_vlm.evaluation.report import write_report
+from aimv2_vlm.page import text
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(2)> \u202eevil\x00 \ud800 & \"quotes\" 'too'"
 ARMS = [("demo 1x1", "1x1", None), ("demo 2x2", "2x2", None), ("demo 2x2 upsampled", "2x2", 112)]

@@ -8,6 +8,7 @@ mini-batches uses the 64 mid-quantiles of z once, in an order that depends on (s
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from statistics import NormalDist
@@ -20,7 +21,7 @@ from aimv2_vlm.config import UserError
 from aimv2_vlm.data.order import combine, draws, permute
 from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.shards import BadSample
-from aimv2_vlm.data.transforms import BadImage, decode_image
+from aimv2_vlm.data.transforms import decode_image
 
 STRATA = 64
 CENTER, SPREAD = 9.5, 2.5  # of n = log2(A)
@@ -51,30 +52,30 @@ class NativeSchedule:
         self.sizes = [capacity // a for a in self.budgets]
         self.samples_per_block = sum(self.sizes)
 
+    def strata(self, block: int) -> list[int]:
+        """The 64 strata in the order in which a block's mini-batches use them."""
+        key = combine(self.seed, block, STRATA)
+        return [permute(slot, STRATA, key) for slot in range(STRATA)]
+
     def stratum(self, minibatch: int) -> int:
         """Which of the 64 strata the mini-batch uses."""
         block, slot = divmod(minibatch, STRATA)
-        return permute(slot, STRATA, combine(self.seed, block, STRATA))
+        return self.strata(block)[slot]
 
     def locate(self, minibatch: int) -> tuple[range, int]:
         """(positions, A) of a mini-batch; the positions of successive mini-batches follow each other without gaps."""
         block, slot = divmod(minibatch, STRATA)
-        key = combine(self.seed, block, STRATA)
-        strata = [permute(s, STRATA, key) for s in range(slot + 1)]
-        first = block * self.samples_per_block + sum(self.sizes[s] for s in strata[:-1])
-        return range(first, first + self.sizes[strata[-1]]), self.budgets[strata[-1]]
+        *before, stratum = self.strata(block)[: slot + 1]
+        first = block * self.samples_per_block + sum(self.sizes[s] for s in before)
+        return range(first, first + self.sizes[stratum]), self.budgets[stratum]
 
     def minibatch_of(self, position: int) -> int:
         """The mini-batch that a sample's position belongs to (the inverse of `locate`)."""
         if position < 0:
             raise IndexError(f"position {position}")
         block, rest = divmod(position, self.samples_per_block)
-        key = combine(self.seed, block, STRATA)
-        for slot in range(STRATA):
-            rest -= self.sizes[permute(slot, STRATA, key)]
-            if rest < 0:
-                return block * STRATA + slot
-        raise AssertionError("a block's mini-batches hold all its samples")
+        ends = itertools.accumulate(self.sizes[s] for s in self.strata(block))
+        return block * STRATA + next(slot for slot, end in enumerate(ends) if rest < end)
 
     def step(self, step: int, minibatches_per_step: int, rank: int = 0, world: int = 1) -> list[tuple[range, int]]:
         """This process's mini-batches of a step. Raises UserError where `world` does not divide them."""
@@ -150,10 +151,8 @@ class NativePairs:
         keys, bad."""
         positions, num_patches = self.schedule.locate(number)
         rows = [self._fetch(position, num_patches) for position in positions]
-        tokenizer = self.data.tokenizer
-        ids = [row["ids"] + [tokenizer.pad_id] * (tokenizer.context_length - len(row["ids"])) for row in rows]
         return collate_native([row["patches"] for row in rows], [row["grid"] for row in rows], num_patches) | {
-            "input_ids": torch.tensor(ids),
+            "input_ids": torch.stack([self.data.padded(row["ids"]) for row in rows]),
             "text_lengths": torch.tensor([len(row["ids"]) for row in rows]),
             "prefix_lengths": torch.tensor([row["prefix_length"] for row in rows]),
             "weights": torch.tensor([float(row["bad"] is None) for row in rows]),
@@ -165,13 +164,8 @@ class NativePairs:
         data = self.data
         try:
             raw, caption = data.captioned(position)
-            ids = data.tokenizer.encode_counted(caption)[0]
-            if len(ids) == 1:
-                raise BadSample(raw.shard_name, raw.key, "caption is empty after cleaning")
-            try:
-                picture = decode_image(raw.image_bytes, data.max_pixels, data.max_bytes)
-            except BadImage as error:
-                raise BadSample(raw.shard_name, raw.key, error.reason) from None
+            ids, _ = data.tokens(raw, caption)
+            picture = data.decoded(raw, lambda encoded: decode_image(encoded, data.max_pixels, data.max_bytes))
         except BadSample as error:
             blank = torch.zeros(2, 3 * self.patch_size**2, dtype=torch.uint8)
             return {"patches": blank, "grid": (1, 2), "ids": [], "prefix_length": 1, "key": error.key, "bad": str(error)}

@@ -26,8 +26,8 @@ class PairDataset:
 
     sources: objects with `.name`, `.path`, `.weight`, `.caption` (config.PairSource). image: `.size` (pixels),
     `.scale`, `.ratio`, `.flip`, `.resize` (config.ImageInput). num_patches: N; prefixes are U{1 … N - 1}. cache_dir:
-    for indexes whose shards cannot be written beside. shard_cache: where copies of remote shards go. shuffle_captions: control arm, every picture gets the caption
-    of another picture of its source, always the same one.
+    for indexes whose shards cannot be written beside. shard_cache: where copies of remote shards go. shuffle_captions:
+    control arm, every picture gets the caption of another picture of its source, always the same one.
 
     A sample that turns out bad keeps its position, with weight 0, and is named. Cheap to send to worker processes.
     """
@@ -175,25 +175,38 @@ class PairDataset:
         wrong = self.shuffle_captions
         return raw, self._wrong_caption(place.source, place.shard, place.sample) if wrong else raw.caption
 
+    def tokens(self, raw: RawSample, caption: str) -> tuple[list[int], bool]:
+        """(ids with the end token, whether the caption was cut). Raises BadSample for a caption of no words."""
+        ids, truncated = self.tokenizer.encode_counted(caption)
+        if len(ids) == 1:
+            raise BadSample(raw.shard_name, raw.key, "caption is empty after cleaning")
+        return ids, truncated
+
+    def decoded(self, raw: RawSample, decode: Callable[[bytes], torch.Tensor]) -> torch.Tensor:
+        """`decode` of the sample's picture. Raises BadSample."""
+        try:
+            return decode(raw.image_bytes)
+        except BadImage as error:
+            raise BadSample(raw.shard_name, raw.key, error.reason) from None
+
+    def padded(self, ids: list[int]) -> torch.Tensor:
+        """ids int64 (T,), padded to the context length."""
+        return torch.tensor(ids + [self.tokenizer.pad_id] * (self.tokenizer.context_length - len(ids)), dtype=torch.int64)
+
     def _sample(
         self, raw: RawSample, caption: str, prefix_length: int, decode: Callable[[bytes], torch.Tensor]
     ) -> dict:
-        ids, truncated = self.tokenizer.encode_counted(caption)
-        if len(ids) == 1:
-            return self._blank(
-                raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, "caption is empty after cleaning"))
-            )
         try:
-            pixels = decode(raw.image_bytes)
-        except BadImage as error:
-            return self._blank(raw.key, prefix_length, str(BadSample(raw.shard_name, raw.key, error.reason)))
+            ids, truncated = self.tokens(raw, caption)
+            pixels = self.decoded(raw, decode)
+        except BadSample as error:
+            return self._blank(raw.key, prefix_length, str(error))
         return self._row(pixels, ids, prefix_length, raw.key) | {"truncated": truncated}
 
     def _row(self, pixels: torch.Tensor, ids: list[int], prefix_length: int, key: str) -> dict:
-        padding = [self.tokenizer.pad_id] * (self.tokenizer.context_length - len(ids))
         return {
             "pixels": pixels,
-            "input_ids": torch.tensor(ids + padding, dtype=torch.int64),
+            "input_ids": self.padded(ids),
             "text_length": len(ids),
             "truncated": False,
             "prefix_length": prefix_length,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +14,8 @@ from aimv2_vlm.data.conversations import ConversationSet
 from aimv2_vlm.data.inspection import captions_of
 from aimv2_vlm.data.shards import BadSample, ShardSet, atomic_file, open_index
 from aimv2_vlm.data.transforms import BadImage, decode_image, read_header
+from aimv2_vlm.page import page, picture_uri
+from aimv2_vlm.page import text as harmless
 
 THUMBNAIL = 480  # pixels of the longer side
 LONGEST_TEXT = 2000  # characters shown of one caption or turn
@@ -56,30 +54,6 @@ dd { margin: 0; white-space: pre-wrap; }
 .turn b { display: block; font-weight: 500; color: var(--soft); font-size: 0.76rem; }
 li { margin: 2px 0; }
 """
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-{facts}
-</header>
-<main>
-<div class="sheet {look}">
-{cards}
-</div>
-{left_out}
-</main>
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -96,22 +70,17 @@ class Card:
 
 def quoted(value: Any) -> str:
     """Text from data as harmless HTML: escaped, cut, without control characters, its right-to-left marks kept to itself."""
-    plain = str(value).encode("utf-8", "replace").decode("utf-8")
+    plain = str(value)
     if len(plain) > LONGEST_TEXT:
         plain = f"{plain[:LONGEST_TEXT]} … ({len(plain)} characters)"
-    plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", plain)
-    return f"<bdi>{html.escape(plain, quote=True)}</bdi>"
+    return f"<bdi>{harmless(plain)}</bdi>"
 
 
 def thumbnail(data: bytes) -> str:
     """Picture bytes -> data URI of a JPEG whose longer side is at most THUMBNAIL pixels. Raises BadImage."""
     from PIL import Image
 
-    picture = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return picture_uri(Image.fromarray(decode_image(data).permute(1, 2, 0).numpy()), THUMBNAIL, quality=82)
 
 
 def render(card: Card) -> str:
@@ -144,19 +113,14 @@ def write_page(out: str | Path, title: str, facts: Sequence[str], cards: Sequenc
         more = f" (the first {MOST_BAD} of {len(bad)})" if len(bad) > MOST_BAD else f" ({len(bad)})"
         items = "".join(f"<li>{quoted(entry)}</li>" for entry in bad[:MOST_BAD])
         left_out = f"<h2>Left out, with the reason{more}</h2><ul>{items}</ul>"
-    page = PAGE.format(
-        title=quoted(title).removeprefix("<bdi>").removesuffix("</bdi>"),
-        style=STYLE,
-        look=look,
-        left_out=left_out,
-        facts="".join(f'<p class="soft">{quoted(fact)}</p>' for fact in facts),
-        cards="\n".join(rendered),
-    )
+    facts_html = "".join(f'<p class="soft">{quoted(fact)}</p>' for fact in facts)
+    sheet = f'<div class="sheet {look}">\n' + "\n".join(rendered) + "\n</div>"
+    whole = page(title, STYLE, facts_html, f"{sheet}\n{left_out}")
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            file.write(page.encode("utf-8", "replace"))
+            file.write(whole.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another file") from None
     return {

@@ -417,10 +417,10 @@ def _choice(scene: Scene, shape: Shape) -> Question:
     return Question(f"choice:{shape.color}", "choice", text, (shape.name,), "option_letter", tuple(options), letter)
 
 
-def prompt(question: Question) -> str:
+def prompt(question: Question, with_suffix: bool = True) -> str:
     """The user's words: question, options as "A. circle" lines, the suffix on a line of its own (Table C2)."""
     lines = [question.text, *(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=False))]
-    return "\n".join([*lines, *filter(None, [SUFFIXES[question.suffix]])])
+    return "\n".join([*lines, *filter(None, [SUFFIXES[question.suffix]] if with_suffix else [])])
 
 
 def reply(question: Question) -> str:
@@ -722,7 +722,7 @@ def conversation(scene: Scene, held_out: Sequence[str] = HELD_OUT_CANDIDATES, tu
     asked = [q for q in asked if q]
     asked += [q for q in pool if q not in asked][: random.randint(*turns) - len(asked)]
     random.shuffle(asked)
-    said = [prompt(q if i == 0 or q.suffix != asked[i - 1].suffix else q._replace(suffix="caption")) for i, q in enumerate(asked)]
+    said = [prompt(q, with_suffix=i == 0 or q.suffix != asked[i - 1].suffix) for i, q in enumerate(asked)]
     return _row(scene, "questions", zip(said, map(reply, asked), strict=True))
 
 

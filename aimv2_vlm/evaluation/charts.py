@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from aimv2_vlm.page import text
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 44
 NUM_STYLES = 8
-
-
-def text(value: Any) -> str:
-    """Any value as harmless HTML text: escaped, control characters and lone surrogates replaced."""
-    plain = str(value).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", plain), quote=True)
 
 
 @dataclass(frozen=True)

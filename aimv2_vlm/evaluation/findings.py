@@ -4,7 +4,6 @@ differences, intervals and curves drawn from them. `report.py` puts them on a pa
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from aimv2_vlm.evaluation.metrics import bootstrap_interval, paired_difference
+from aimv2_vlm.page import picture_uri
 
 # Cap heights in pixels of an encoder that sees the whole picture in one view: the smallest legible bitmap fonts are
 # 5 pixels high, from 7 on every letter has its shape. "Small print" and "large print" mean below 5 and from 7 on.
@@ -273,10 +273,7 @@ def _embed(content: bytes) -> Picture:
             raise ValueError("over the pixel limit")
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     height, width = picture.height, picture.width
-    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=88)
-    return Picture("data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(), height, width)
+    return Picture(picture_uri(picture, PICTURE_PIXELS, quality=88), height, width)
 
 
 def read_pictures(

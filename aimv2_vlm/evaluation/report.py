@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aimv2_vlm.evaluation.charts import NUM_STYLES, Series, axis, legend, line_chart, marker, text
+from aimv2_vlm.evaluation.charts import NUM_STYLES, Series, axis, legend, line_chart, marker
 from aimv2_vlm.evaluation.findings import (
     LARGE_PRINT,
     MIN_BIN,
@@ -40,6 +40,7 @@ from aimv2_vlm.evaluation.findings import (
     thin,
     uses_picture,
 )
+from aimv2_vlm.page import page, text
 from aimv2_vlm.train.directory import write_atomically
 
 STYLE = Path(__file__).with_name("report.css")
@@ -597,31 +598,10 @@ def facts_section(runs: Sequence[Run], evaluation: Evaluation, extra: Mapping[st
 
 # --------------------------------------------------------------------------------------------------------- the page
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p class="sub">{subtitle}</p>
-<nav aria-label="sections">
+NAVIGATION = """<nav aria-label="sections">
 <a href="#headline">What came out</a> <a href="#losses">Losses</a> <a href="#results">Scores</a>
 <a href="#print">Print height</a> <a href="#samples">Pictures</a> <a href="#facts">Facts</a>
-</nav>
-</header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+</nav>"""
 
 
 def _read_all_pictures(
@@ -679,13 +659,9 @@ def write_report(
         plural(len(evaluation.arms), "model"),
         plural(len(evaluation.benchmarks), "benchmark"),
     )
-    page = PAGE.format(
-        title=text(title),
-        style=STYLE.read_text(encoding="utf-8"),
-        subtitle=", ".join(counts),
-        body="\n".join([first, gaps_section(gaps), *others]),
-    )
+    header = f'<p class="sub">{", ".join(counts)}</p>\n{NAVIGATION}'
+    whole = page(title, STYLE.read_text(encoding="utf-8"), header, "\n".join([first, gaps_section(gaps), *others]))
     out = Path(out_html)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    write_atomically(out, whole)
     return out

@@ -26,8 +26,7 @@ def cpu_processes(most: int = 2) -> int:
     """Processes worth launching for a small model: one a core, at most `most`; 1 where there is a GPU."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if torch.cuda.is_available() else max(1, min(most, cores))
+    return 1 if torch.cuda.is_available() else min(most, len(os.sched_getaffinity(0)))
 
 
 def run_in_processes(words: Sequence[str], count: int) -> None:
@@ -61,9 +60,9 @@ def run_in_processes(words: Sequence[str], count: int) -> None:
 
 
 def _start(words: Sequence[str], rank: int, count: int, rendezvous: Path) -> subprocess.Popen:
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": threads,
-             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo", RENDEZVOUS: rendezvous}
+             "GLOO_SOCKET_IFNAME": "lo", RENDEZVOUS: rendezvous}
     environment = os.environ | {key: str(value) for key, value in place.items()}
     # A session of its own: a Ctrl-C at the terminal reaches it once, through `hand_on`.
     return subprocess.Popen([sys.executable, "-m", "aimv2_vlm", *words], env=environment, stdin=subprocess.PIPE, start_new_session=True)

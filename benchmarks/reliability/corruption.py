@@ -10,7 +10,6 @@ of samples lost, repeated, exchanged or wrongly named.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.reliability import runs  # noqa: E402
 from benchmarks.reliability.corpus import DAMAGES, Corpus, caption_of, key_of, number_of, write_corpus  # noqa: E402
-from benchmarks.reliability.summary import done_lines, remember, summarise  # noqa: E402
+from benchmarks.reliability.summary import argument_parser, done_lines, remember, summarise  # noqa: E402
 
 TINY = [*runs.TINY, "text.tokenizer=train", "text.vocab_size=60", "text.context_length=48", "data.sources.0.caption=txt", "data.validation=[]",
         "optim.micro_batch_size=100", "train.save_every=1000", "train.validate_every=1000"]
@@ -166,9 +165,7 @@ def stages(count: int, seed: int, folder: Path) -> dict[str, Callable[[], list[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="samples; 5 %% of them are damaged (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(__doc__, 10_000, "samples; 5 %% of them are damaged")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "aimv2_vlm_corruption")
     arguments = parser.parse_args()
     log = arguments.work / "corruption.jsonl"

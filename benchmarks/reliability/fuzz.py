@@ -10,7 +10,6 @@ Prints and appends to results/reliability.jsonl one line: `ours` is the number o
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -38,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.reliability.corpus import MAX_PIXELS, caption_of, key_of, picture, tar_header  # noqa: E402
-from benchmarks.reliability.summary import done_lines, remember, summarise  # noqa: E402
+from benchmarks.reliability.summary import argument_parser, done_lines, remember, summarise  # noqa: E402
 
 HANG_S = 2.0  # processor seconds of one input
 DEAD_S, ASLEEP_S = 20.0, 300.0  # processor and wall seconds after which a child that did not move on is given up
@@ -572,10 +571,8 @@ def _processor_seconds(process: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000, help="inputs (default: %(default)s)")
+    parser = argument_parser(__doc__, 1_000_000, "inputs")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after the block that passes this time, and say how far it came")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "aimv2_vlm_fuzz")
     parser.add_argument("--replay", type=int, default=None, metavar="NUMBER", help="open one input here, with its traceback")

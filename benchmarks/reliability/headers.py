@@ -9,7 +9,6 @@ trial that is done is remembered in FOLDER/headers.jsonl. Prints and appends to 
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import sys
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.reliability.corpus import caption_of, key_of, picture  # noqa: E402
-from benchmarks.reliability.summary import done_lines, remember, summarise  # noqa: E402
+from benchmarks.reliability.summary import argument_parser, done_lines, remember, summarise  # noqa: E402
 
 NUM_SAMPLES = 24
 DIALECTS = {"gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -101,9 +100,7 @@ def trial(number: int, seed: int, folder: Path) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="positions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(__doc__, 1000, "positions")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "aimv2_vlm_headers")
     arguments = parser.parse_args()
     log = arguments.work / "headers.jsonl"

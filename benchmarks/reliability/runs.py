@@ -24,6 +24,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability.summary import argument_parser
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "image.size=28", "image.scale=[0.4,1.0]", "image.flip=0.5", "encoder.hidden_size=32", "encoder.intermediate_size=48",
@@ -326,9 +328,7 @@ def phase(out: Path, validate_every: int = 4) -> str:
 
 def arguments(description: str, count: int, **more: tuple) -> argparse.Namespace:
     """--count, --seed and --out of every driver, and `more`: name -> (default, help)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=count, help="trials (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(description, count, "trials")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reliability",
                         help="work folder with one line a trial; a stopped driver goes on from it (default: runs/reliability)")
     for name, (default, text) in more.items():

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "reliability.jsonl"
+from benchmarks.record import record
+
+
+def argument_parser(description: str, count: int, what: str) -> argparse.ArgumentParser:
+    """What every driver takes: --count (of `what`) and --seed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=count, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def done_lines(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,9 +39,4 @@ def remember(log: Path, entry: dict[str, Any]) -> None:
 
 def summarise(name: str, failures: int, unit: str, **more: Any) -> None:
     """Print and append one result line; the peer of a count of failures is none."""
-    from aimv2_vlm.train.directory import processor, versions
-
-    line = json.dumps({"name": name, "ours": failures, "peer": 0, "ratio": None, "unit": unit, "equal": failures == 0, **more,
-                       "machine": f"{processor()} x {os.cpu_count()}", "versions": versions()})
-    print(line, flush=True)
-    remember(RESULTS, json.loads(line))
+    record("reliability", {"name": name, "ours": failures, "peer": 0, "ratio": None, "unit": unit, "equal": failures == 0, **more})
