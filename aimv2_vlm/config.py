@@ -30,13 +30,24 @@ def choices(default: str, *allowed: str) -> Any:
 
 
 @dataclass
+class Cooldown:
+    """A run that goes on from another run's checkpoint while its learning rate falls linearly to `min_lr` (section 3.1)."""
+
+    checkpoint: str | None = None  # <run>/checkpoints/step_…; the run must have this recipe
+    fraction: float = 0.2  # of the steps made until that checkpoint
+    min_lr: float = 1e-6
+
+
+@dataclass
 class Optimizer:
-    """AdamW with cosine decay; `weight_decay` means what the recipe's paper table means (see `decoupled`)."""
+    """AdamW with a warm-up and a schedule; `weight_decay` means what the recipe's paper table means (see `decoupled`)."""
 
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
     warmup_steps: int = 12_500
+    schedule: str = choices("cosine", "cosine", "half_cosine", "constant")  # half_cosine ends at (lr + min_lr) / 2
+    cooldown: Cooldown = field(default_factory=Cooldown)
     steps: int = 1_500_000
     epochs: float | None = None  # instead of `steps`: passes over the data
     batch_size: int = 8192  # samples of one optimizer step, over all processes
@@ -59,6 +70,8 @@ class Loop:
     save_every: int = 1000
     keep_last: int = 2
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    compile: bool = False  # torch.compile of the model; worth its minutes on a GPU
+    peak_tflops: float | None = None  # what `share of peak` is a share of; null: the matrix product's rate measured at start
     stop_after: int | None = None  # leave (with a checkpoint) after this many steps of the run; the schedule stays
 
 
@@ -102,6 +115,18 @@ class PairData:
 
 
 @dataclass
+class Native:
+    """Pictures at their own aspect and of many sizes (native resolution, section 2.2). `capacity` switches it on.
+
+    A mini-batch holds pictures of at most A patches each, A drawn for it, and as many of them as fit `capacity`.
+    """
+
+    capacity: int | None = None  # patches of a mini-batch
+    patch_limit: int | None = None  # most patches of a picture; null: the paper's 132 to 3944
+    minibatches: int = 1  # of one optimizer step, over all processes; takes the place of optim.batch_size
+
+
+@dataclass
 class ImageInput:
     """Training pictures: RandomResizedCrop and flip of Table A1. mean/std are part of the objective (pixel targets)."""
 
@@ -112,6 +137,7 @@ class ImageInput:
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.33])
     flip: float = 0.5
     resize: str = choices("exact", "exact", "fast")
+    native: Native = field(default_factory=Native)
 
 
 @dataclass
@@ -142,6 +168,7 @@ class Encoder:
 class Decoder:
     """The multimodal decoder of pre-training, the same for all encoder sizes."""
 
+    path: str | None = None  # a pre-training checkpoint whose decoder and heads go on (its tokenizer must be the run's)
     hidden_size: int = 1024
     intermediate_size: int = 2816
     num_layers: int = 12
@@ -150,9 +177,31 @@ class Decoder:
 
 @dataclass
 class Objective:
-    name: str = choices("aimv2", "aimv2")
-    pixel_weight: float = 0.4  # alpha
+    """What an encoder is trained by (Tables 5 and 9, Figure 4).
+
+    aimv2: pixels and text. aimv1: pixels. captioning: text. cappa: text, some captions decoded in parallel. genlip:
+    text, by the encoder's own blocks. clip: picture against text, two towers. lit: the same, encoder frozen.
+    """
+
+    name: str = choices("aimv2", "aimv2", "aimv1", "captioning", "cappa", "genlip", "clip", "lit")
+    pixel_weight: float = 0.4  # alpha, of aimv2
+    attention: str = choices("prefix", "prefix", "bidirectional")  # the encoder's while captioning; evaluated bidirectional
+    decoders: str = choices("joint", "joint", "separate")  # separate: patches and text have one each (Table 9d)
+    parallel_fraction: float = 0.75  # of captions, in cappa
+    caption_patches: float = 1.0  # share of patches, drawn for each picture, that captions are decoded from (captioning)
+    text_tower: TextTower = field(default_factory=lambda: TextTower())  # of clip and lit
     shuffle_captions: bool = False  # control arm: every picture gets another picture's caption
+
+
+@dataclass
+class TextTower:
+    """The text side of clip and lit (LiT's sizes by default)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_layers: int = 12
+    num_heads: int = 6
+    projection_size: int = 768
 
 
 @dataclass

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from aimv2_vlm.config import Optimizer, UserError
+from aimv2_vlm.config import Objective, Optimizer, UserError
 from aimv2_vlm.models.encoder import build_encoder
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, losses, run_step, validate
-from aimv2_vlm.train.objectives import AIMv2Objective
+from aimv2_vlm.train.objectives import GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, learning_rate, parameter_groups
 
 SIZE, PATCH, VOCAB, CONTEXT, BATCH = 56, 14, 61, 12, 8
@@ -77,11 +77,11 @@ def micro_batches(step: int, size: int, placement: Placement) -> list[dict[str, 
     return [{k: v[i : i + size] for k, v in rows.items()} | {"bad": []} for i in range(0, share, size)]
 
 
-class Poisoned(AIMv2Objective):
+class Poisoned(GenerativeObjective):
     """Not a number on one process only."""
 
     def __init__(self, rank: int):
-        super().__init__(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
+        super().__init__(Objective(), PATCH, [0.5] * 3, [0.25] * 3)
         self.rank = rank
 
     def sums(self, model: torch.nn.Module, batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ class Run:
 
     def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32"):
         self.placement = Placement(strategy, precision)
-        self.objective = AIMv2Objective(0.4, NUM_PATCHES, [0.5] * 3, [0.25] * 3)
+        self.objective = GenerativeObjective(Objective(), PATCH, [0.5] * 3, [0.25] * 3)
         self.model, self.optimizer = self.placement.place(build_model(spoiled), make_optimizer)
 
     def steps(

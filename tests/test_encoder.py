@@ -9,7 +9,7 @@ import torch
 from aimv2_vlm.config import UserError
 from aimv2_vlm.models.encoder import build_encoder, encode
 from aimv2_vlm.models.masks import ATTENTION_IMPLEMENTATIONS, prefix_can_attend
-from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, patchify
+from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, patchify, scored_places
 
 N, T, V, PATCH = 16, 6, 40, 14
 SIZES = {"image_size": 56, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
@@ -301,7 +301,7 @@ def test_sums_counts_and_gradient_do_not_depend_on_the_split(sizes):
     model = make_model()
     batch = make_batch(8)
     weights = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0])
-    whole = model(*batch, weights_B=weights, return_predictions=False)
+    whole = model(*batch, weights=weights, return_predictions=False)
     (whole.text_sum / whole.text_count + 0.4 * whole.pixel_sum / whole.pixel_count).backward()
     expected = gradients(model)
     model.zero_grad()
@@ -329,7 +329,7 @@ def test_a_row_of_weight_zero_contributes_nothing(return_predictions):
     model.zero_grad()
     for hole_value in (0.0, 7.0):
         batch[0][1] = hole_value
-        out = model(*batch, weights_B=kept.int(), return_predictions=return_predictions)
+        out = model(*batch, weights=kept.int(), return_predictions=return_predictions)
         out.loss.backward()
         for name in SUMS + COUNTS:
             torch.testing.assert_close(out[name], without[name], atol=0, rtol=1e-6)
@@ -339,7 +339,7 @@ def test_a_row_of_weight_zero_contributes_nothing(return_predictions):
 
 def test_a_batch_of_holes_is_zero_and_reaches_every_parameter():
     model = make_model()
-    out = model(*make_batch(2), weights_B=torch.zeros(2), return_predictions=False)
+    out = model(*make_batch(2), weights=torch.zeros(2), return_predictions=False)
     out.loss.backward()
     assert out.loss == 0 and out.pixel_count == 0 and out.text_count == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -412,10 +412,12 @@ def test_texts_that_do_not_fit_are_refused():
 
 def test_builds_and_trains_on_the_meta_device():
     """Nothing reads a value: the training step waits for no device."""
+    real = make_batch(3)
+    places = scored_places(N, *real[2:])
     with torch.device("meta"):
         model = make_model()
-        batch = [torch.empty_like(tensor, device="meta") for tensor in make_batch(3)]
-        out = model(*batch, return_predictions=False)
+        batch = [torch.empty_like(tensor, device="meta") for tensor in real]
+        out = model(*batch, places=places.to("meta"), return_predictions=False)
         out.loss.backward()
     assert out.loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -429,7 +431,8 @@ def test_compiles_whole():
     eager.loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch, return_predictions=False)
+    places = scored_places(N, *batch[2:])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch, places=places, return_predictions=False)
     compiled.loss.backward()
     for name in SUMS + COUNTS:
         torch.testing.assert_close(compiled[name], eager[name], atol=0, rtol=1e-6)

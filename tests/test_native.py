@@ -47,11 +47,12 @@ def test_positions_follow_each_other_without_gaps_and_are_found_again():
 
 def test_worlds_divide_a_step_and_read_the_same_samples():
     schedule = NativeSchedule(0, capacity=4096)
-    whole = schedule.step(5, 8)
+    whole = list(schedule.numbers(5, 8))
+    assert whole == list(range(40, 48))
     for world in (1, 2, 4, 8):
-        assert [m for rank in range(world) for m in schedule.step(5, 8, rank, world)] == whole
+        assert [m for rank in range(world) for m in schedule.numbers(5, 8, rank, world)] == whole
     with pytest.raises(UserError, match="8 a step are not a multiple of 3"):
-        schedule.step(0, 8, 0, 3)
+        schedule.numbers(0, 8, 0, 3)
 
 
 def test_small_models_limit_the_patches_and_impossible_sizes_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import json
 import os
 import re
 import string
@@ -33,12 +34,14 @@ def canonicalize(text: str) -> str:
 
 
 class CaptionTokenizer:
-    """Text -> ids that end with the end token, at most `context_length` of them **with** it.
+    """For generative objectives: text -> ids that end with the end token, at most `context_length` of them **with** it.
 
     Works with any sentencepiece `.model`. In SigLIP's, pad and end are the same id: mask by length, never by id.
     `num_truncated` counts captions that were cut. Raises UserError when the file is no sentencepiece model or has no
     end token.
     """
+
+    num_special = 1  # ids of a caption of no words
 
     def __init__(self, model_file: str | os.PathLike, context_length: int = 77, canonicalize: bool = True):
         self.model_file, self.context_length, self.canonicalize = Path(model_file), context_length, canonicalize
@@ -106,6 +109,75 @@ class CaptionTokenizer:
         """What decides the ids."""
         digest = hashlib.sha256(self._model_bytes).hexdigest()[:32]
         return {"model": digest, "context_length": self.context_length, "canonicalize": self.canonicalize}
+
+
+class ClipTokenizer:
+    """For two towers: text -> [begin] ids [end] with CLIP's byte-pair encoding, at most `context_length` of them in all.
+
+    `folder`: a tokenizer as transformers saves it (vocab.json and merges.txt, or tokenizer.json). Captions are cleaned
+    as for `CaptionTokenizer`; case and white space are the encoding's own matter. Raises UserError when the folder
+    holds no such tokenizer.
+    """
+
+    num_special = 2
+
+    def __init__(self, folder: str | os.PathLike, context_length: int = 77, canonicalize: bool = False):
+        from transformers import CLIPTokenizer
+
+        self.folder, self.context_length, self.canonicalize = Path(folder), context_length, canonicalize
+        if context_length < 3:
+            raise UserError(f"text.context_length = {context_length}: must hold at least one token, begin and end")
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"text.tokenizer: {folder}: holds no tokenizer.json or vocab.json; clip and lit need CLIP's tokenizer")
+        try:
+            self.stock = CLIPTokenizer.from_pretrained(str(self.folder), model_max_length=context_length + 1)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"text.tokenizer: {folder}: is not CLIP's tokenizer ({str(error).splitlines()[0]})") from None
+        self.eos_id, self.pad_id = self.stock.eos_token_id, self.stock.pad_token_id
+        self.vocab_size = len(self.stock)
+        self.num_truncated = 0
+
+    def prepare(self, text: str) -> str:
+        """The text that is tokenised: cleaned and, where configured, canonical."""
+        text = clean_caption(text)
+        return canonicalize(text) if self.canonicalize else text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a caption with begin and end; at most `context_length`."""
+        return self.encode_counted(text)[0]
+
+    def encode_counted(self, text: str) -> tuple[list[int], bool]:
+        """(ids, whether the caption was cut); also counted in `num_truncated` of this process."""
+        words = self.stock(self.prepare(text), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        truncated = len(words) > self.context_length - 2
+        self.num_truncated += truncated
+        return [self.stock.bos_token_id, *words[: self.context_length - 2], self.eos_id], truncated
+
+
+def train_clip_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_size: int = 49_408, canonicalize: bool = False) -> int:
+    """Train CLIP's byte-pair encoding on captions and write it as transformers' `CLIPTokenizer`; returns its vocabulary
+    size. Raises UserError when there is no text."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    whole = [*letters, *(letter + "</w>" for letter in letters)]
+    blank = CLIPTokenizer(vocab={word: i for i, word in enumerate([*whole, begin, end])})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[begin, end], show_progress=False
+    )
+    lines = [line for line in map(clean_caption, texts) if line]
+    if not lines:
+        raise UserError(f"text.tokenizer: {folder}: no caption to train on")
+    blank.backend_tokenizer.train_from_iterator(map(_canonical, lines) if canonicalize else lines, trainer)
+    learned = json.loads(blank.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learned["merges"]]
+    # CLIP's own layout: letters, letters that end a word, merges, begin, end.
+    words = dict.fromkeys([*whole, *(a + b for a, b in merges), begin, end])
+    stock = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+    stock.save_pretrained(folder)
+    return len(stock)
 
 
 def train_tokenizer(

@@ -77,13 +77,13 @@ class NativeSchedule:
         ends = itertools.accumulate(self.sizes[s] for s in self.strata(block))
         return block * STRATA + next(slot for slot, end in enumerate(ends) if rest < end)
 
-    def step(self, step: int, minibatches_per_step: int, rank: int = 0, world: int = 1) -> list[tuple[range, int]]:
-        """This process's mini-batches of a step. Raises UserError where `world` does not divide them."""
+    def numbers(self, step: int, minibatches_per_step: int, rank: int = 0, world: int = 1) -> range:
+        """This process's mini-batches of a step, by number. Raises UserError where `world` does not divide them."""
         if minibatches_per_step % world:
-            raise UserError(f"optim.minibatches: {minibatches_per_step} a step are not a multiple of {world} processes")
+            raise UserError(f"image.native.minibatches: {minibatches_per_step} a step are not a multiple of {world} processes")
         share = minibatches_per_step // world
         first = step * minibatches_per_step + rank * share
-        return [self.locate(m) for m in range(first, first + share)]
+        return range(first, first + share)
 
 
 def fit_grid(height: int, width: int, num_patches: int) -> tuple[int, int]:
@@ -147,14 +147,16 @@ class NativePairs:
         self.schedule = NativeSchedule(data.seed, capacity, patch_limit)
 
     def minibatch(self, number: int) -> dict[str, Any]:
-        """`collate_native`'s tensors and input_ids (B, T), text_lengths, prefix_lengths U{1 … num_real - 1} (B,), weights (B,),
-        keys, bad."""
+        """`collate_native`'s tensors and input_ids (B, T), text_lengths, prefix_lengths U{1 … num_real - 1}, draws (B,), weights
+        (B,), keys, bad."""
+        data = self.data
         positions, num_patches = self.schedule.locate(number)
         rows = [self._fetch(position, num_patches) for position in positions]
         return collate_native([row["patches"] for row in rows], [row["grid"] for row in rows], num_patches) | {
-            "input_ids": torch.stack([self.data.padded(row["ids"]) for row in rows]),
+            "input_ids": torch.stack([data.padded(row["ids"]) for row in rows]),
             "text_lengths": torch.tensor([len(row["ids"]) for row in rows]),
             "prefix_lengths": torch.tensor([row["prefix_length"] for row in rows]),
+            "draws": torch.tensor([draws(data.seed, position, "objective").bits() >> 1 for position in positions]),
             "weights": torch.tensor([float(row["bad"] is None) for row in rows]),
             "keys": [row["key"] for row in rows],
             "bad": [row["bad"] for row in rows if row["bad"] is not None],

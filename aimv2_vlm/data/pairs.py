@@ -127,34 +127,34 @@ class PairDataset:
     def fetch(self, position: int) -> dict:
         """The training sample at a global position:
         pixels uint8 (3, S, S); input_ids int64 (T,) padded to the context length; text_length, end token included;
-        truncated; prefix_length; weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank
+        truncated; prefix_length; draw (63 random bits for the objective's own use); weight 1 or 0; key; bad: None or 'shard: key: reason' (then pixels and ids are blank
         and the length is 0)."""
-        prefix_length = draws(self.seed, position, "prefix").integers(1, self.num_patches)
+        drawn = self._drawn(self.seed, position)
         try:
             raw, caption = self.captioned(position)
         except BadSample as error:
-            return self._blank(error.key, prefix_length, str(error))
+            return self._blank(error.key, drawn, str(error))
         crop = draws(self.seed, position, "crop")
         return self._sample(
             raw,
             caption,
-            prefix_length,
+            drawn,
             lambda data: self.train_transform.decode(data, crop, self.max_pixels, self.max_bytes),
         )
 
     def fetch_validation(self, position: int) -> dict:
         """Sample number `position` in storage order (sources in the order given): centre crop, the first column's
         caption, a prefix that depends on the position only. The row is that of `fetch`."""
-        prefix_length = draws(VALIDATION_SEED, position, "prefix").integers(1, self.num_patches)
+        drawn = self._drawn(VALIDATION_SEED, position)
         try:
             raw, (source, shard, sample) = self._stored(position)
             caption = self._wrong_caption(source, shard, sample) if self.shuffle_captions else raw.caption
         except BadSample as error:
-            return self._blank(error.key, prefix_length, str(error))
+            return self._blank(error.key, drawn, str(error))
         return self._sample(
             raw,
             caption,
-            prefix_length,
+            drawn,
             lambda data: self.eval_transform(decode_image(data, self.max_pixels, self.max_bytes)),
         )
 
@@ -178,7 +178,7 @@ class PairDataset:
     def tokens(self, raw: RawSample, caption: str) -> tuple[list[int], bool]:
         """(ids with the end token, whether the caption was cut). Raises BadSample for a caption of no words."""
         ids, truncated = self.tokenizer.encode_counted(caption)
-        if len(ids) == 1:
+        if len(ids) <= self.tokenizer.num_special:
             raise BadSample(raw.shard_name, raw.key, "caption is empty after cleaning")
         return ids, truncated
 
@@ -194,30 +194,35 @@ class PairDataset:
         return torch.tensor(ids + [self.tokenizer.pad_id] * (self.tokenizer.context_length - len(ids)), dtype=torch.int64)
 
     def _sample(
-        self, raw: RawSample, caption: str, prefix_length: int, decode: Callable[[bytes], torch.Tensor]
+        self, raw: RawSample, caption: str, drawn: dict[str, int], decode: Callable[[bytes], torch.Tensor]
     ) -> dict:
         try:
             ids, truncated = self.tokens(raw, caption)
             pixels = self.decoded(raw, decode)
         except BadSample as error:
-            return self._blank(raw.key, prefix_length, str(error))
-        return self._row(pixels, ids, prefix_length, raw.key) | {"truncated": truncated}
+            return self._blank(raw.key, drawn, str(error))
+        return self._row(pixels, ids, drawn, raw.key) | {"truncated": truncated}
 
-    def _row(self, pixels: torch.Tensor, ids: list[int], prefix_length: int, key: str) -> dict:
+    def _drawn(self, seed: int, position: int) -> dict[str, int]:
         return {
+            "prefix_length": draws(seed, position, "prefix").integers(1, self.num_patches),
+            "draw": draws(seed, position, "objective").bits() >> 1,
+        }
+
+    def _row(self, pixels: torch.Tensor, ids: list[int], drawn: dict[str, int], key: str) -> dict:
+        return drawn | {
             "pixels": pixels,
             "input_ids": self.padded(ids),
             "text_length": len(ids),
             "truncated": False,
-            "prefix_length": prefix_length,
             "weight": 1,
             "key": key,
             "bad": None,
         }
 
-    def _blank(self, key: str, prefix_length: int, bad: str) -> dict:
+    def _blank(self, key: str, drawn: dict[str, int], bad: str) -> dict:
         pixels = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-        return self._row(pixels, [], prefix_length, key) | {"weight": 0, "bad": bad}
+        return self._row(pixels, [], drawn, key) | {"weight": 0, "bad": bad}
 
     def _stored(self, number: int) -> tuple[RawSample, tuple[int, int, int]]:
         if not 0 <= number < self.num_samples:
@@ -249,13 +254,14 @@ def check_cache(sources: Sequence[ShardSet], window_shards: int) -> None:
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict:
-    """Samples -> pixels uint8 (B, 3, S, S), input_ids (B, T), text_lengths, prefix_lengths (B,) int64, weights (B,)
+    """Samples -> pixels uint8 (B, 3, S, S), input_ids (B, T), text_lengths, prefix_lengths, draws (B,) int64, weights (B,)
     float32, num_truncated (captions that were cut), keys (list), bad (list of 'shard: key: reason')."""
     return {
         "pixels": torch.stack([sample["pixels"] for sample in samples]),
         "input_ids": torch.stack([sample["input_ids"] for sample in samples]),
         "text_lengths": torch.tensor([sample["text_length"] for sample in samples]),
         "prefix_lengths": torch.tensor([sample["prefix_length"] for sample in samples]),
+        "draws": torch.tensor([sample["draw"] for sample in samples]),
         "weights": torch.tensor([sample["weight"] for sample in samples], dtype=torch.float32),
         "num_truncated": sum(sample["truncated"] for sample in samples),
         "keys": [sample["key"] for sample in samples],

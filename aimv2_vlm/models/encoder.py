@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,21 +99,57 @@ def initialize_encoder(encoder: Aimv2VisionModel, generator: torch.Generator | N
         nn.init.ones_(norm.weight)
 
 
+class NativePictures(NamedTuple):
+    """Pictures of several sizes, patch by patch; rows are filled up with zeros to the same number of patches.
+
+    `patches_BNP`: normalised values, a patch's in the order (channel, row, column). `positions_BN2`: row and column of
+    each patch in its picture. `num_real_B`: patches of each picture.
+    """
+
+    patches_BNP: torch.Tensor
+    positions_BN2: torch.Tensor
+    num_real_B: torch.Tensor
+
+
+def num_patches_of(encoder: Aimv2VisionModel, pictures: torch.Tensor | NativePictures) -> int:
+    """N: patches of a row."""
+    if isinstance(pictures, NativePictures):
+        return pictures.patches_BNP.shape[1]
+    patch_size = encoder.config.patch_size
+    return (pictures.shape[-2] // patch_size) * (pictures.shape[-1] // patch_size)
+
+
 def encode(
-    encoder: Aimv2VisionModel, pixels_BCHW: torch.Tensor, prefix_lengths_B: torch.Tensor | None = None
+    encoder: Aimv2VisionModel, pictures: torch.Tensor | NativePictures, prefix_lengths_B: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Normalised features (B, N, D); bidirectional without `prefix_lengths_B`, with prefix attention otherwise.
 
-    Raises `UserError` when the encoder runs an attention implementation under which the mask is not proved.
+    `pictures`: (B, C, H, W), or several sizes in one batch (for an encoder with sin-cos positions), where the places
+    behind a picture's patches are attended to as well (paper, native resolution). Raises `UserError` when the encoder
+    runs an attention implementation under which the mask is not proved, or has no positions for pictures of any size.
     """
     attention = masks.check_attention(encoder.config._attn_implementation)
     mask_B1NN = None
     if prefix_lengths_B is not None:
-        patch_size = encoder.config.patch_size
-        num_patches = (pixels_BCHW.shape[-2] // patch_size) * (pixels_BCHW.shape[-1] // patch_size)
-        can_attend_B1NN = masks.prefix_can_attend(prefix_lengths_B, num_patches)
+        can_attend_B1NN = masks.prefix_can_attend(prefix_lengths_B, num_patches_of(encoder, pictures))
         mask_B1NN = masks.for_attention(can_attend_B1NN, attention, encoder.dtype)
-    return encoder(pixel_values=pixels_BCHW, attention_mask=mask_B1NN).last_hidden_state
+    if not isinstance(pictures, NativePictures):
+        return encoder(pixel_values=pictures, attention_mask=mask_B1NN).last_hidden_state
+    # The stock forward lays out one grid for the whole batch; this is the same computation with one for each picture.
+    if not encoder.config.is_native:
+        raise UserError("encoder: pictures of several sizes need position_embedding: sincos; this one has learned positions")
+    embeddings = encoder.embeddings
+    patch_embed = embeddings.patch_embed
+    patches_BND = embeddings.rms_norm(F.linear(pictures.patches_BNP, patch_embed.weight.flatten(1), patch_embed.bias))
+    patches_BND = patches_BND + sincos_positions(pictures.positions_BN2, encoder.config.hidden_size).to(patches_BND.dtype)
+    return encoder.rms_norm(encoder.encoder(inputs_embeds=patches_BND, attention_mask=mask_B1NN).last_hidden_state)
+
+
+def sincos_positions(positions_BN2: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, N, D) laid out [sin column | cos column | sin row | cos row], as transformers and Apple do."""
+    frequency = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64, device=positions_BN2.device) / (width // 4))
+    row_BNF, column_BNF = (positions_BN2[..., axis, None] * frequency for axis in (0, 1))
+    return torch.cat([column_BNF.sin(), column_BNF.cos(), row_BNF.sin(), row_BNF.cos()], dim=-1).float()
 
 
 def load_encoder(path_or_name: str | Path, image_size: int | None = None, attention: str = "sdpa") -> Aimv2VisionModel:

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from aimv2_vlm.config import Loop, Optimizer, UserError
+from aimv2_vlm.config import Loop, UserError
 from aimv2_vlm.train.directory import fsync_path, sync_tree, write_atomically
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
@@ -168,7 +168,7 @@ def _restate(target: Path, state: dict[str, Any], placement: Placement) -> None:
         fsync_path(target)
 
 
-def check_room(folder: Path, model: torch.nn.Module, optim: Optimizer, loop: Loop, placement: Placement) -> None:
+def check_room(folder: Path, model: torch.nn.Module, num_steps: int, loop: Loop, placement: Placement) -> None:
     """Refuse a run whose checkpoints (one more than it keeps, while it writes) and final model do not fit on the disk.
 
     folder: where its checkpoints go, or lie already (what they take is counted as theirs). model: before it is placed. A
@@ -178,7 +178,7 @@ def check_room(folder: Path, model: torch.nn.Module, optim: Optimizer, loop: Loo
     if placement.is_main:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         final = sum(p.numel() * p.element_size() for p in model.parameters())
-        one, count = 3 * trained, min(max(1, loop.keep_last) + 1, math.ceil(optim.steps / loop.save_every))  # weights, two moments
+        one, count = 3 * trained, min(max(1, loop.keep_last) + 1, math.ceil(num_steps / loop.save_every))  # weights, two moments
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         needed = max(0, count * one - taken) + final
         place = next(path for path in (folder, *folder.parents) if path.exists())
@@ -228,6 +228,14 @@ def newest(folder: Path, placement: Placement) -> tuple[Path, dict[str, Any]] | 
             say(f"warning: {path}: passed over ({problem})")
     name = placement.gather_strings([name])[0]
     return (folder / name, _verify(folder / name)[1]) if name else None
+
+
+def at(path: Path) -> tuple[Path, dict[str, Any]]:
+    """`path` itself and its state, for a run that begins at another run's checkpoint. UserError when it is not complete."""
+    problem, state = _verify(path)
+    if problem:
+        raise UserError(f"{path}: no complete checkpoint ({problem}); name a folder <run>/checkpoints/{PREFIX}…")
+    return path, state
 
 
 def _verify(path: Path) -> tuple[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,9 +22,9 @@ from aimv2_vlm.config import EXIT_STOPPED, Loop, Optimizer, UserError
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.directory import RunDirectory
 from aimv2_vlm.train.distributed import Placement
-from aimv2_vlm.train.metrics import MetricsLog, Progress, say
+from aimv2_vlm.train.metrics import MetricsLog, Progress, matrix_product_tflops, say
 from aimv2_vlm.train.objectives import Batch, TrainingObjective
-from aimv2_vlm.train.optim import learning_rate
+from aimv2_vlm.train.optim import Schedule
 
 JUDGED_SAMPLES, FIRST_JUDGEMENT = 10_000, 1_000
 
@@ -189,19 +190,22 @@ def validate(objective: TrainingObjective, model: torch.nn.Module, batches: Iter
 
 def train(
     *, directory: RunDirectory, placement: Placement, objective: TrainingObjective, model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer, micro_batches: Callable[[int], list[Batch]], optim: Optimizer, loop: Loop,
+    optimizer: torch.optim.Optimizer, micro_batches: Callable[[int], list[Batch]], schedule: Schedule, loop: Loop,
     fingerprint: dict[str, Any], compare: Callable[[dict[str, Any], dict[str, Any]], list[str]], changed: str = "refuse",
     max_bad_fraction: float = 0.01, report: dict[str, Any] | None = None,
     validation: Callable[[], dict[str, float]] | None = None, what: str = "training",
 ) -> None:
-    """Train from the newest complete checkpoint (or the start) to `optim.steps`.
+    """Train from the newest complete checkpoint (or the start, or the checkpoint that a cooldown begins at) to the schedule's end.
 
     micro_batches(step) gives this process's micro-batches. Raises Stopped after a signal or `loop.stop_after` (a
     checkpoint exists), UserError when data changed since the checkpoint or too many samples are bad.
     """
     bad = BadSamples(max_bad_fraction)
     step, samples, tokens = 0, 0, 0
+    optim, end = schedule.optim, schedule.steps
     found = checkpoint.newest(directory.checkpoints, placement)
+    if found is None and optim.cooldown.checkpoint is not None:
+        found = checkpoint.at(Path(optim.cooldown.checkpoint))
     if found is not None:
         path, state = found
         differences = compare(state["fingerprint"], fingerprint)
@@ -216,7 +220,9 @@ def train(
         if placement.is_main:
             say(f"{what}: going on from step {step} ({path})")
     log = MetricsLog(directory.path, step, loop.trackers) if placement.is_main else None
-    progress = Progress(what, optim.steps, step, placement.is_main)
+    progress = Progress(what, end, step, placement.is_main)
+    peak = (loop.peak_tflops or matrix_product_tflops(placement.device, placement.precision)) if placement.is_main else 0.0
+    whole = placement.unwrap(model)
 
     def save(stopped: str = "", exit_code: int | None = None) -> None:
         # torchrun replaces exit codes, so the checkpoint carries it
@@ -229,9 +235,10 @@ def train(
         return Stopped(message if placement.is_main else "", exit_code)
 
     model.train()
-    steps = fetch_steps(StepDataset(micro_batches, optim.steps), step, loop.num_workers)
+    steps = fetch_steps(StepDataset(micro_batches, end), step, loop.num_workers)
     saved_step = step
-    last_time, last_samples, waited = time.monotonic(), samples, 0.0
+    last_time, last_samples, waited, operations = time.monotonic(), samples, 0.0, 0.0
+    skipped = torch.zeros((), device=placement.device)  # steps whose gradient was not finite
     with StopSignals() as stop:
         def leave() -> None:
             if step > 0:  # a checkpoint of this very step only learns the reason
@@ -239,7 +246,7 @@ def train(
             raise stopped(f"{what}: stopped by {stop.name or 'a signal'} after step {step}; the same command goes on from there", EXIT_STOPPED)
 
         try:
-            while step < optim.steps:
+            while step < end:
                 before = time.monotonic()
                 batches = next(steps)
                 waited += time.monotonic() - before
@@ -252,23 +259,33 @@ def train(
                     raise UserError(unreadable or "data: another process cannot read its samples any more")
                 if counts["stop"]:
                     leave()
-                rate = learning_rate(step, optim)
+                rate = schedule.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_scale"]
                 sums, norm = run_step(objective, model, optimizer, batches, counts, placement, optim.clip)
+                skipped += ~torch.isfinite(norm)
                 step, samples, tokens = step + 1, samples + counts["samples"], tokens + counts["tokens"]
+                operations += sum(objective.flops(whole, batch) for batch in batches) if placement.is_main else 0.0
                 names = placement.gather_strings([b for m in batches for b in m["bad"]]) if counts["bad"] else []
                 bad.add(counts["samples"], counts["bad"], names)
-                last = step == optim.steps
+                last = step == end
                 if step % loop.log_every == 0 or last:
                     row = losses(objective, sums, counts, placement)
                     now = time.monotonic()
                     row |= {"lr": rate, "grad_norm": float(norm), "samples": samples, "tokens": tokens, "bad_samples": bad.total,
                             "samples_per_s": (samples - last_samples) / (now - last_time), "data_wait": waited / (now - last_time)}
-                    last_time, last_samples, waited = now, samples, 0.0
+                    speed = f"{row['samples_per_s']:.0f} samples/s"
+                    if operations:  # of the main process, whose device is like the others'
+                        row["tflops_per_s"] = operations / (now - last_time) / 1e12
+                        row["share_of_peak"] = row["tflops_per_s"] / peak
+                        speed += f", {row['tflops_per_s']:.3g} TFLOP/s = {row['share_of_peak']:.0%} of peak"
+                    if row_skipped := int(skipped):
+                        row["skipped_steps"] = row_skipped
+                        speed += f", {row_skipped} steps skipped (gradient not finite)"
+                    last_time, last_samples, waited, operations = now, samples, 0.0, 0.0
                     if log is not None:
                         log.write({"step": step} | row)
-                    progress.update(step, f"loss {row['loss']:.3f}, {row['samples_per_s']:.0f} samples/s")
+                    progress.update(step, f"loss {row['loss']:.3f}, {speed}")
                 try:
                     bad.check()
                 except UserError:

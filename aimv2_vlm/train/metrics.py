@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aimv2_vlm.config import UserError
+
+
+TIMED = ("samples_per_s", "data_wait", "tflops_per_s", "share_of_peak")  # what differs between two equal runs
+
+
+def matrix_product_tflops(device: torch.device, precision: str) -> float:
+    """The rate of a large dense matrix product here, in TFLOP/s, the best of several: what `share of peak` is a share of."""
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
 
 
 def say(text: str) -> None:
@@ -62,7 +85,9 @@ class MetricsLog:
 
 
 def _rounded(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON has no word for it
 
 
 class Progress:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 
 from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import Optimizer, PairSource, PretrainRecipe, SftRecipe, UserError
-from aimv2_vlm.data.captions import CaptionTokenizer, train_tokenizer
+from aimv2_vlm.data.captions import CaptionTokenizer, ClipTokenizer, train_clip_tokenizer, train_tokenizer
 from aimv2_vlm.data.chat import ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
 from aimv2_vlm.data.conversations import ConversationSet, check_bad_fraction
+from aimv2_vlm.data.native import STRATA, NativePairs
 from aimv2_vlm.data.order import Order, compact_fingerprint, compare_fingerprints
 from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.remote import ShardCache
@@ -27,16 +29,19 @@ from aimv2_vlm.data.tiling import Tiling
 from aimv2_vlm.models.assistant import (
     AssistantForTraining, build_assistant, check_context, encode_views, image_statistics, part_of, set_trainable,
 )
+from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
+from aimv2_vlm.models.genlip import GenLIPForPreTraining
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.directory import RunDirectory, storage_errors
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import check_batch, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
-from aimv2_vlm.train.objectives import AIMv2Objective, InstructionObjective
-from aimv2_vlm.train.optim import build_optimizer, describe, parameter_groups
+from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective, InstructionObjective, TrainingObjective
+from aimv2_vlm.train.optim import Schedule, build_optimizer, describe, parameter_groups
 
+CAPTION_TOKENIZER, CLIP_TOKENIZER = "tokenizer.model", "clip_tokenizer"  # in the run directory
 TOKENIZER_TEXTS = 200_000  # a tokenizer trained for a run sees at most this many texts
 
 
@@ -56,20 +61,23 @@ def told_in_one_line(entry: Callable[..., Path]) -> Callable[..., Path]:
 @told_in_one_line
 def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     """Pre-train an encoder by `recipe` (paper section 2.1); returns the folder of the finished model (`final/`)."""
+    check_pretraining(recipe)
     placement = Placement(recipe.train.strategy, recipe.precision)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
         tokenizer, data, held_out = pair_data(recipe, directory, placement)
-        optim = resolve_steps(recipe.optim, data.epoch_positions, placement)
-        rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size)
+        steps = NativeSteps(recipe, data, placement) if recipe.image.native.capacity else PairSteps(recipe, data, placement)
+        schedule = resolve_schedule(recipe.optim, data.epoch_positions / steps.samples)
+        rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size, tokenizer.eos_id)
         model = seeded(recipe.seed, rebuild)
-        checkpoint.check_room(directory.checkpoints, model, optim, recipe.train, placement)
-        objective = AIMv2Objective(recipe.objective.pixel_weight, num_patches(recipe), recipe.image.mean, recipe.image.std)
-        model, optimizer = placement.place(model, partial(make_optimizer, optim=optim, placement=placement, roles=model.parameter_roles()))
+        checkpoint.check_room(directory.checkpoints, model, schedule.steps, recipe.train, placement)
+        objective = pretraining_objective(recipe)
+        compile_model(model, recipe.train.compile, placement)
+        model, optimizer = placement.place(model, partial(make_optimizer, optim=schedule.optim, placement=placement, roles=model.parameter_roles()))
         facts = data.fingerprint()
         train(
             directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
-            micro_batches=PairSteps(data, optim, placement), optim=optim, loop=recipe.train,
+            micro_batches=steps, schedule=schedule, loop=recipe.train,
             fingerprint=compact_fingerprint(facts, directory.path, write=placement.is_main),
             # every process has the new shards at hand; only the old ones are looked up
             compare=lambda old, _: compare_fingerprints(old, facts, directory.path), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
@@ -80,6 +88,33 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     return close_run(directory, placement, "pre-training")
 
 
+CONTRASTIVE = ("clip", "lit")
+
+
+def check_pretraining(recipe: PretrainRecipe) -> None:
+    """Raises UserError where keys of the recipe do not go together, before anything is read or built."""
+    o, native = recipe.objective, recipe.image.native.capacity is not None
+    num_patches(recipe)
+    for key, value, low in (("parallel_fraction", o.parallel_fraction, 0.0), ("caption_patches", o.caption_patches, 0.0)):
+        if not low <= value <= 1 or (key == "caption_patches" and value == 0):
+            raise UserError(f"objective.{key}: {value:g} is no share; give a number up to 1")
+    if o.caption_patches < 1 and o.name != "captioning":
+        raise UserError(f"objective.caption_patches: {o.caption_patches:g} goes with captioning alone (patches are predicted from all patches "
+                        f"before them); objective.name is {o.name}")
+    if o.decoders == "separate" and o.name != "aimv2":
+        raise UserError(f"objective.decoders: separate needs pixels and text, but objective.name is {o.name}")
+    if native and o.name in (*CONTRASTIVE, "genlip"):
+        raise UserError(f"image.native.capacity: pictures of several sizes go with the decoder's objectives, not with {o.name}")
+    if native and recipe.encoder.path is None and recipe.encoder.position_embedding != "sincos":
+        raise UserError("image.native.capacity: needs encoder.position_embedding: sincos (learned positions have one size)")
+    if o.name == "lit" and recipe.encoder.path is None:
+        raise UserError("encoder.path: lit tunes a text tower to a trained encoder; name it")
+    if recipe.decoder.path is not None and o.name in (*CONTRASTIVE, "genlip"):
+        raise UserError(f"decoder.path: {o.name} has no decoder; remove the key")
+    if o.name in CONTRASTIVE and recipe.text.context_length < 3:
+        raise UserError(f"text.context_length: {recipe.text.context_length} tokens hold no word between begin and end")
+
+
 def num_patches(recipe: PretrainRecipe) -> int:
     if recipe.image.size % recipe.encoder.patch_size:
         raise UserError(f"image.size: {recipe.image.size} is not a multiple of encoder.patch_size {recipe.encoder.patch_size}")
@@ -88,12 +123,12 @@ def num_patches(recipe: PretrainRecipe) -> int:
 
 def pair_data(
     recipe: PretrainRecipe, directory: RunDirectory, placement: Placement
-) -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
+) -> tuple[CaptionTokenizer | ClipTokenizer, PairDataset, PairDataset | None]:
     """Tokenizer, training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 indexes first."""
     if not recipe.data.sources:
         raise UserError("data.sources: names no shards; give at least one source with a path")
 
-    def dataset(sources: Sequence[Any], tokenizer: CaptionTokenizer | None, seed: int) -> PairDataset:
+    def dataset(sources: Sequence[Any], tokenizer: CaptionTokenizer | ClipTokenizer | None, seed: int) -> PairDataset:
         bar = Progress("indexing shards", 1, enabled=placement.is_main, unit="shards")
         return PairDataset(
             sources, seed, recipe.image, tokenizer, num_patches(recipe), cache_dir=recipe.data.index_dir,
@@ -101,12 +136,14 @@ def pair_data(
             shard_cache=ShardCache(Path(recipe.data.shard_cache or default_cache_dir().parent / "shards"), int(recipe.data.shard_cache_gb * 2**30)),
         )
 
-    def build() -> tuple[CaptionTokenizer, PairDataset, PairDataset | None]:
+    def build() -> tuple[CaptionTokenizer | ClipTokenizer, PairDataset, PairDataset | None]:
         pack_sources([*recipe.data.sources, *recipe.data.validation])
-        path = directory.path / "tokenizer.model"
+        contrastive = recipe.objective.name in CONTRASTIVE
+        path = directory.path / (CLIP_TOKENIZER if contrastive else CAPTION_TOKENIZER)
         if placement.is_main and not path.exists():
-            make_caption_tokenizer(recipe, path, lambda: dataset(recipe.data.sources, None, recipe.seed).texts(TOKENIZER_TEXTS))
-        tokenizer = CaptionTokenizer(path, recipe.text.context_length, recipe.text.canonicalize)
+            make = make_clip_tokenizer if contrastive else make_caption_tokenizer
+            make(recipe, path, lambda: dataset(recipe.data.sources, None, recipe.seed).texts(TOKENIZER_TEXTS))
+        tokenizer = (ClipTokenizer if contrastive else CaptionTokenizer)(path, recipe.text.context_length, recipe.text.canonicalize)
         held_out = dataset(recipe.data.validation, tokenizer, 0) if recipe.data.validation else None
         return tokenizer, dataset(recipe.data.sources, tokenizer, recipe.seed), held_out
 
@@ -145,31 +182,69 @@ def make_caption_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callabl
         file.write(source.read_bytes())
 
 
+def make_clip_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callable[[], Any]) -> None:
+    """The recipe's folder with CLIP's tokenizer, or one trained on the run's own captions."""
+    with fresh_folder(path) as temporary:
+        if recipe.text.tokenizer == "train":
+            train_clip_tokenizer(captions(), temporary, recipe.text.vocab_size, recipe.text.canonicalize)
+        else:
+            ClipTokenizer(recipe.text.tokenizer, recipe.text.context_length).stock.save_pretrained(temporary)
+
+
 def pair_report(data: PairDataset) -> dict[str, Any]:
     return {"samples": data.num_samples, "bad_samples_in_index": data.num_bad, "named_in_index": data.bad_samples(1000)}
 
 
-def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int) -> AIMv2ForPreTraining:
-    """Encoder (from its sizes or a checkpoint) and multimodal decoder with Apple's initialisation."""
-    e, d = recipe.encoder, recipe.decoder
+def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int, eos_id: int = 1) -> torch.nn.Module:
+    """Encoder (from its sizes or a checkpoint) and what the objective puts on it, with Apple's initialisation.
+
+    `decoder.path`: decoder and heads go on from a pre-training checkpoint.
+    """
+    e, d, o = recipe.encoder, recipe.decoder, recipe.objective
     if e.path is not None:
         encoder = load_encoder(e.path, image_size=recipe.image.size, attention=e.attention)
+        if encoder.config.patch_size != e.patch_size:
+            raise UserError(f"encoder.patch_size: {e.patch_size}, but {e.path} has patches of {encoder.config.patch_size}; write that")
+        if recipe.image.native.capacity is not None and not encoder.config.is_native:
+            raise UserError(f"encoder.path: {e.path} has learned positions of one size; image.native needs a native (sin-cos) encoder")
     else:
         encoder = build_encoder(
             image_size=recipe.image.size, patch_size=e.patch_size, hidden_size=e.hidden_size, intermediate_size=e.intermediate_size,
             num_layers=e.num_layers, num_heads=e.num_heads, position_embedding=e.position_embedding, attention=e.attention,
         )
-    return AIMv2ForPreTraining(
+    text = {"vocab_size": vocab_size, "context_length": recipe.text.context_length}
+    if o.name in CONTRASTIVE:
+        return TwoTowerForPreTraining(encoder, o.text_tower, **text, eos_token_id=eos_id, freeze_encoder=o.name == "lit")
+    if o.name == "genlip":
+        return GenLIPForPreTraining(encoder, **text)
+    model = AIMv2ForPreTraining(
         encoder, decoder_hidden_size=d.hidden_size, decoder_intermediate_size=d.intermediate_size, decoder_num_layers=d.num_layers,
-        decoder_num_heads=d.num_heads, vocab_size=vocab_size, context_length=recipe.text.context_length, attention=e.attention,
+        decoder_num_heads=d.num_heads, **text, predicts_patches=o.name in ("aimv2", "aimv1"), predicts_text=o.name != "aimv1",
+        separate_decoders=o.decoders == "separate", parallel_captions=o.name == "cappa", attention=e.attention,
     )
+    if d.path is not None:
+        model.load_decoder(d.path)
+    return model
+
+
+def pretraining_objective(recipe: PretrainRecipe) -> TrainingObjective:
+    """The recipe's objective, which knows the model's forward pass."""
+    i, patch_size = recipe.image, recipe.encoder.patch_size
+    if recipe.objective.name in CONTRASTIVE:
+        return ContrastiveObjective(patch_size, i.mean, i.std)
+    return GenerativeObjective(recipe.objective, patch_size, i.mean, i.std)
 
 
 class PairSteps:
-    """step -> this process's micro-batches of image-text pairs."""
+    """step -> this process's micro-batches of image-text pairs. `samples`: of one step, over all processes."""
 
-    def __init__(self, data: PairDataset, optim: Optimizer, placement: Placement):
-        self.data, self.optim, self.rank, self.world = data, optim, placement.rank, placement.world
+    def __init__(self, recipe: PretrainRecipe, data: PairDataset, placement: Placement):
+        self.data, self.optim, self.rank, self.world = data, recipe.optim, placement.rank, placement.world
+        self.samples = self.optim.batch_size
+        check_batch(self.optim, placement)
+        if recipe.objective.name in CONTRASTIVE and self.optim.micro_batch_size * self.world != self.optim.batch_size:
+            raise UserError(f"optim.micro_batch_size: {recipe.objective.name} compares all {self.optim.batch_size} rows of a step at once, so it "
+                            f"cannot be accumulated; set it to {self.optim.batch_size // self.world} (optim.batch_size / {self.world} processes)")
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
         positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
@@ -177,7 +252,22 @@ class PairSteps:
         return [self.data.microbatch(positions[i : i + size]) for i in range(0, len(positions), size)]
 
 
-def validate_pairs(objective: AIMv2Objective, model: torch.nn.Module, data: PairDataset, recipe: PretrainRecipe,
+class NativeSteps:
+    """step -> this process's mini-batches of pictures at their own resolution. `samples`: of a step, on average."""
+
+    def __init__(self, recipe: PretrainRecipe, data: PairDataset, placement: Placement):
+        native = recipe.image.native
+        self.pairs = NativePairs(data, native.capacity, recipe.encoder.patch_size, native.patch_limit)
+        self.minibatches, self.rank, self.world = native.minibatches, placement.rank, placement.world
+        self.samples = self.pairs.schedule.samples_per_block * self.minibatches / STRATA
+        self.pairs.schedule.numbers(0, self.minibatches, self.rank, self.world)  # refuses a world that does not divide them
+
+    def __call__(self, step: int) -> list[dict[str, Any]]:
+        numbers = self.pairs.schedule.numbers(step, self.minibatches, self.rank, self.world)
+        return [self.pairs.minibatch(number) for number in numbers]
+
+
+def validate_pairs(objective: TrainingObjective, model: torch.nn.Module, data: PairDataset, recipe: PretrainRecipe,
                    placement: Placement) -> dict[str, float]:
     """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
     total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size
@@ -193,14 +283,21 @@ def validate_pairs(objective: AIMv2Objective, model: torch.nn.Module, data: Pair
     return validate(objective, model, batches(), placement)
 
 
-def write_pretrained(folder: Path, model: AIMv2ForPreTraining, *, recipe: PretrainRecipe) -> None:
-    """`final/`: encoder + image processor for plain AutoModel; `final/pretraining/`: decoder, heads, the run's tokenizer.model."""
-    from transformers import CLIPImageProcessor
+def write_pretrained(folder: Path, model: torch.nn.Module, *, recipe: PretrainRecipe) -> None:
+    """`final/`: encoder + image processor for plain AutoModel; `final/pretraining/`: decoder, heads, the run's tokenizer.model.
+
+    Of two towers: transformers' `Aimv2Model` and its processor.
+    """
+    from transformers import CLIPImageProcessor, CLIPProcessor
 
     size = recipe.image.size
     processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=3,
                                    image_mean=list(recipe.image.mean), image_std=list(recipe.image.std))
-    model.save_pretrained(folder, image_processor=processor, extra_files=[folder.parent / "tokenizer.model"])
+    if recipe.objective.name in CONTRASTIVE:
+        tokenizer = ClipTokenizer(folder.parent / CLIP_TOKENIZER, recipe.text.context_length, recipe.text.canonicalize).stock
+        model.save_pretrained(folder, processor=CLIPProcessor(image_processor=processor, tokenizer=tokenizer))
+    else:
+        model.save_pretrained(folder, image_processor=processor, extra_files=[folder.parent / CAPTION_TOKENIZER])
 
 
 # ------------------------------------------------------------------------------------------------------ instruction tuning
@@ -213,13 +310,15 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
         conversations = conversation_data(recipe, directory, placement)
-        optim = resolve_steps(recipe.optim, len(conversations), placement)
+        check_batch(recipe.optim, placement)
+        schedule = resolve_schedule(recipe.optim, len(conversations) / recipe.optim.batch_size)
+        optim = schedule.optim
         rebuild = partial(build_from_recipe, recipe, chat_tokenizer(recipe, conversations, directory, placement))
         assistant, processor = seeded(recipe.seed, rebuild)
         tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
         check_context(assistant, tiling.num_image_tokens(*tiling.resolution), 1)
         report_parts(set_trainable(assistant, recipe.trainable), placement)
-        checkpoint.check_room(directory.checkpoints, assistant, optim, recipe.train, placement)
+        checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
         features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
                                   tiling, processor.image_processor, features, max_length(recipe, assistant))
@@ -228,7 +327,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
             partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
         train(
             directory=directory, placement=placement, objective=InstructionObjective(), model=model, optimizer=optimizer,
-            micro_batches=ConversationSteps(data, optim, placement, recipe.seed), optim=optim, loop=recipe.train,
+            micro_batches=ConversationSteps(data, optim, placement, recipe.seed), schedule=schedule, loop=recipe.train,
             fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
         )
@@ -256,10 +355,8 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
     folder = directory.path / "tokenizer"
     if placement.is_main and not folder.exists():
         rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
-        temporary = directory.path / ".tokenizer.tmp"  # several files: a kill between two must not leave half a tokenizer
-        shutil.rmtree(temporary, ignore_errors=True)
-        train_chat_tokenizer((turn.text for row in rows for turn in row.turns), temporary, recipe.llm.vocab_size, recipe.llm.template)
-        os.replace(temporary, folder)
+        with fresh_folder(folder) as temporary:
+            train_chat_tokenizer((turn.text for row in rows for turn in row.turns), temporary, recipe.llm.vocab_size, recipe.llm.template)
     placement.barrier()
     return folder
 
@@ -357,14 +454,36 @@ def open_run(recipe: Any, placement: Placement, restart: bool) -> RunDirectory:
     return directory
 
 
-def resolve_steps(optim: Optimizer, samples_per_epoch: int, placement: Placement) -> Optimizer:
-    """`optim` with `epochs` turned into steps."""
-    check_batch(optim, placement)
+def resolve_schedule(optim: Optimizer, steps_per_epoch: float) -> Schedule:
+    """The schedule of a run: `epochs` turned into steps, the start of a cooldown read from its checkpoint."""
     if optim.epochs is not None:
-        optim.steps = max(1, math.ceil(optim.epochs * samples_per_epoch / optim.batch_size))
+        optim.steps = max(1, math.ceil(optim.epochs * steps_per_epoch))
     if optim.warmup_steps >= optim.steps:
         raise UserError(f"optim.warmup_steps: {optim.warmup_steps} leave nothing of {optim.steps} steps; lower it")
-    return optim
+    path = optim.cooldown.checkpoint
+    return Schedule(optim, None if path is None else checkpoint.at(Path(path))[1]["step"])
+
+
+def compile_model(model: torch.nn.Module, wanted: bool, placement: Placement) -> None:
+    """torch.compile in place (names of weights stay): the whole model, or block by block where weights are sharded between blocks."""
+    if not wanted:
+        return
+    if not placement.shards_weights:
+        model.compile()
+        return
+    for blocks in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for block in blocks:
+            block.compile()
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`: several files, and a kill between two must not leave half of them."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.replace(temporary, path)
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from aimv2_vlm.train.metrics import TIMED  # noqa: E402
 from benchmarks.reliability import runs  # noqa: E402
 from benchmarks.reliability.summary import done_lines, remember, summarise  # noqa: E402
 
@@ -38,7 +39,7 @@ def undisturbed(data: Path, out: Path, steps: int) -> dict:
 
 def losses(out: Path) -> list[dict]:
     """What metrics.jsonl says, without what a clock decides."""
-    return [{name: value for name, value in row.items() if name not in ("samples_per_s", "data_wait")} for row in runs.rows(out)]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in runs.rows(out)]
 
 
 def trial(data: Path, out: Path, steps: int, stop: int, workers: int, expected: dict) -> str:
