@@ -93,7 +93,7 @@ class TwoTowerForPreTraining(nn.Module):
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> TwoTowerOutput:
         """Embeddings of (B, C, H, W) pictures and (B, T) texts, each row with an end token; padding behind it is not read."""
         vision, text = self.towers.vision_model, self.towers.text_model
-        image_BE = self.towers.visual_projection(vision(pixel_values=pixel_values).pooler_output[:, 0])
+        image_BE = self.towers.visual_projection(vision(pixel_values=pixel_values).pooler_output)
         # eager attention does not know `is_causal`; given a mask, the text model makes it causal
         attended = torch.ones_like(input_ids) if self.attention == "eager" else None
         text_BE = self.towers.text_projection(text(input_ids=input_ids, attention_mask=attended).pooler_output)

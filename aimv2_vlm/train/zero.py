@@ -72,7 +72,7 @@ class ZeroPlacement(Placement):
         return model.module
 
     def state_tensors(self, model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        """Whole tensors; those of trained parameter k are gathered on process k mod world, so that all write."""
+        """Whole tensors, each gathered on one process, so that all write about as much."""
         self._make_moments(optimizer)
         tensors = {}
         for name, parameter, owner in self._owned(model):
@@ -118,9 +118,16 @@ class ZeroPlacement(Placement):
             return tensor.detach().clone() if self.is_main else tensor
 
     def _owned(self, model: Any) -> list[tuple[str, torch.nn.Parameter, int]]:
-        """(name, parameter, process that holds its whole tensors in a checkpoint) of every trained parameter."""
+        """(name, parameter, process that holds its whole tensors in a checkpoint) of every trained parameter.
+
+        The largest goes first, each to the process that has least so far.
+        """
         trained = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad]
-        return [(name, parameter, k % self.world) for k, (name, parameter) in enumerate(trained)]
+        load, owner = [0] * self.world, {}
+        for name, parameter in sorted(trained, key=lambda item: -_numel(item[1])):
+            owner[name] = load.index(min(load))
+            load[owner[name]] += _numel(parameter)
+        return [(name, parameter, owner[name]) for name, parameter in trained]
 
     def _flat_groups(self, optimizer: Any) -> list[torch.Tensor]:
         """The flat fp32 pieces of this process: what AdamW's state is keyed by."""
