@@ -11,6 +11,7 @@ Shapes: B rows of this process, G rows of all processes, C channels, H, W pictur
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,7 +163,8 @@ def contrastive_sum(out: TwoTowerOutput, input_ids_BT: torch.Tensor, weights_B: 
     same_BG = (input_ids_BT[:, None] == ids_GT).all(-1) & (weights_G > 0)
     target_BG = same_BG / same_BG.sum(1, keepdim=True).clamp(min=1)
     loss_B = torch.zeros(len(same_BG), device=same_BG.device)
-    with torch.autocast(same_BG.device.type, enabled=False):
+    kind = same_BG.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         for mine_BE, others_GE in ((out.image_BE, text_GE), (out.text_BE, image_GE)):
             logits_BG = (out.scale * mine_BE @ others_GE.T).masked_fill(weights_G == 0, torch.finfo(torch.float32).min)
             loss_B = loss_B - 0.5 * (target_BG * logits_BG.log_softmax(-1)).sum(-1)

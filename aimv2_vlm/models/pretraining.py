@@ -48,8 +48,10 @@ class Places(NamedTuple):
 
     def to(self, device: torch.device) -> Places:
         """The same with its tensors on `device`."""
-        patches_R, tokens_R = (t.to(device, non_blocking=True) for t in (self.patches_R, self.tokens_R))
-        return Places(patches_R, tokens_R, self.num_tokens)
+        tensors = (self.patches_R, self.tokens_R)
+        if torch.device(device).type == "cuda":  # from pinned memory, or the host would wait for the device
+            tensors = (t.pin_memory() for t in tensors)
+        return Places(*(t.to(device, non_blocking=True) for t in tensors), self.num_tokens)
 
 
 def scored_places(
