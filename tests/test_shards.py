@@ -418,6 +418,14 @@ def test_a_flipped_byte_after_indexing_is_named(tmp_path):
         shards.read(0, 0)
 
 
+def test_a_picture_over_the_limit_is_refused_by_its_size_without_being_read(tmp_path, monkeypatch):
+    shards = ShardSet(write_tar(tmp_path / "s.tar", good("a")))
+    size = len(shards.read(0, 0).image_bytes)
+    monkeypatch.setattr(shards, "_member", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(BadSample, match=f"{size} bytes, over the limit of {size - 1}"):
+        shards.read(0, 0, max_bytes=size - 1)
+
+
 def test_a_shard_that_disappears_is_a_clear_error(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "s.tar", good("a"))
     shards = ShardSet(path)

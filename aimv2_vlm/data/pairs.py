@@ -171,7 +171,7 @@ class PairDataset:
         place = self.order.locate(position)
         if self.shards[place.source].remote:
             self.shards[place.source].read_ahead(self.order.coming_shards(position)[1])
-        raw = self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"))
+        raw = self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"), self.max_bytes)
         wrong = self.shuffle_captions
         return raw, self._wrong_caption(place.source, place.shard, place.sample) if wrong else raw.caption
 
@@ -230,7 +230,7 @@ class PairDataset:
         at = bisect_right(self._starts, number) - 1
         source, shard = self._shard_of[at]
         sample = number - self._starts[at]
-        return self.shards[source].read(shard, sample), (source, shard, sample)
+        return self.shards[source].read(shard, sample, max_bytes=self.max_bytes), (source, shard, sample)
 
     def _wrong_caption(self, source: int, shard: int, sample: int) -> str:
         """The caption of the sample that stands a fixed, seeded distance further in the same source."""

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -57,6 +58,11 @@ class BadSample(Exception):
     def __init__(self, shard_name: str, key: str, reason: str):
         super().__init__(f"{shard_name}: {key}: {reason}")
         self.shard_name, self.key, self.reason = shard_name, key, reason
+
+
+def too_many_bytes(size: int, limit: float) -> str:
+    """The reason given for a picture that is not read."""
+    return f"{size} bytes, over the limit of {int(limit)}"
 
 
 @dataclass(frozen=True)
@@ -970,13 +976,16 @@ class ShardSet:
                 named += [f"{path.name}: (damage): {item['reason']}" for item in body.damage]
         return named[:limit]
 
-    def read(self, shard: int, sample: int, draws: Draws | None = None) -> RawSample:
+    def read(self, shard: int, sample: int, draws: Draws | None = None, max_bytes: float = math.inf) -> RawSample:
         """One sample by offset, checksums verified. `draws` chooses among several captions; None takes the first
         column's first.
 
-        Raises BadSample when the bytes are not those that were indexed, UserError when the shard itself is gone.
+        Raises BadSample when the bytes are not those that were indexed or the picture has more than `max_bytes` (it is
+        not read then), UserError when the shard itself is gone.
         """
         entry, name = self._entry(shard, sample), self.paths[shard].name
+        if entry.image[1] > max_bytes:
+            raise BadSample(name, entry.key, too_many_bytes(entry.image[1], max_bytes))
         image = self._member(shard, entry.key, entry.image, "picture")
         captions = self._captions(shard, entry, self._choose_column(entry.columns, draws))
         if not captions:
@@ -1231,7 +1240,7 @@ def _packed_row(folder: Path, row: Any, max_pixels: int, max_bytes: int) -> dict
         if not path.is_file():  # a pipe or a device would be read without end
             raise ValueError("no such file")
         if path.stat().st_size > max_bytes:
-            raise BadImage(f"{path.stat().st_size} bytes, over the limit of {int(max_bytes)}")
+            raise BadImage(too_many_bytes(path.stat().st_size, max_bytes))
         data = path.read_bytes()
     except BadImage as error:
         raise ValueError(error.reason) from error

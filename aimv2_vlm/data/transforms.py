@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from aimv2_vlm.data.order import Draws
+from aimv2_vlm.data.shards import too_many_bytes
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 40_000_000
@@ -45,7 +46,7 @@ class Header:
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Header:
     """Check a picture's limits without decoding it. Raises BadImage."""
     if len(data) > max_bytes:
-        raise BadImage(f"{len(data)} bytes, over the limit of {int(max_bytes)}")
+        raise BadImage(too_many_bytes(len(data), max_bytes))
     if not data:
         raise BadImage("empty file")
     header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else None
@@ -275,15 +276,16 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side resized to `size`, centre crop (torchvision's Resize and CenterCrop)."""
+    """Shorter side resized to `resize` (None: `size`), centre crop of `size` (torchvision's Resize and CenterCrop)."""
 
     size: int
+    resize: int | None = None
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 (3, H, W) -> uint8 (3, size, size)."""
         height, width = image.shape[1:]
-        short = min(height, width)
-        height, width = self.size * height // short, self.size * width // short
+        short, resized = min(height, width), self.resize or self.size
+        height, width = resized * height // short, resized * width // short
         pixels = _resize(image, (height, width))
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return pixels[:, top : top + self.size, left : left + self.size].contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.train.metrics import format_seconds, say
 
 OptimizerMaker = Callable[[torch.nn.Module], torch.optim.Optimizer]
+WAITING_NOTE_S = 30.0
 
 
 class Placement:
@@ -65,6 +68,7 @@ class Placement:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
+        self._turns = 0  # of main_first
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -171,14 +175,30 @@ class Placement:
             dist.barrier()
 
     def main_first(self, work: Callable[[], Any]) -> Any:
-        """`work()` on every process, rank 0 before the others (it builds files that they then find)."""
+        """`work()` on every process, rank 0 before the others (it builds files that they then find).
+
+        The others look at the process group's store now and then: indexing may take longer than any collective call
+        may, and the second process says what is waited for.
+        """
+        if self.world == 1:
+            return work()
+        self._turns += 1
+        store, turn = dist.distributed_c10d._get_default_store(), f"main_first/{self._turns}"
         if not self.is_main:
-            self.barrier()
+            self._wait_for(store, turn)
         try:
             return work()
         finally:
             if self.is_main:
-                self.barrier()
+                store.set(turn, "done")
+
+    def _wait_for(self, store: dist.Store, turn: str) -> None:
+        start = told = time.monotonic()
+        while not store.check([turn]):
+            time.sleep(0.2)
+            if self.rank == 1 and time.monotonic() - told > WAITING_NOTE_S:
+                told = time.monotonic()
+                say(f"waiting for the first process to prepare the data, {format_seconds(told - start)} so far")
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -191,7 +211,8 @@ class Placement:
         return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
     def state_tensors(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """Trained weights and AdamW moments as `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`.
+        """Trained weights and AdamW moments as `model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`; and
+        `buffer.<name>`, running statistics (under ZeRO none: probes, which have some, do not run there).
 
         The same names and shapes in every strategy: whole tensors where they are replicated, DTensors under FSDP2;
         under ZeRO each process holds some of the names.
@@ -211,6 +232,8 @@ class Placement:
             tensors[f"model.{name}"] = parameter.detach()
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 tensors[f"{key}.{name}"] = state[key]
+        kept = self.unwrap(model).state_dict().keys()  # without buffers that are computed anew
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.unwrap(model).named_buffers() if name in kept}
         return tensors
 
     def after_load(
