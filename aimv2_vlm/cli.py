@@ -67,6 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--processes", type=int, default=1, metavar="N",
                              help="share the work between N processes of this machine's CPU (elsewhere: torchrun or accelerate launch)")
 
+    scaling = verbs.add_parser("scaling", help="size x samples study: which encoder size a compute budget wants")
+    scaling.add_argument("recipe", metavar="CONFIG", help="a YAML file, or the name of one that ships with the package")
+    scaling.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the file")
+    scaling.add_argument("--collect", action="store_true", help="train nothing; report on the runs that are finished")
+    scaling.add_argument("--budget", action="append", type=float, default=[], metavar="FLOPS",
+                         help="print the size and the samples that this much training compute wants; trains nothing; may be repeated")
+    scaling.add_argument("--restart", action="store_true", help="delete the study's runs and begin anew")
+    scaling.add_argument("--processes", type=int, default=1, metavar="N", help="share each run between N processes of this machine's CPU")
+
+    convert = verbs.add_parser("convert", help="a checkpoint into another layout, proved and with a receipt")
+    convert.add_argument("source", metavar="SRC", help="folder, .safetensors file or hub name, in any AIMv2 layout; final/ of a run")
+    convert.add_argument("destination", metavar="DST", help="new folder")
+    convert.add_argument("--to", default="transformers", metavar="LAYOUT",
+                         help="transformers (default), or Apple's names: apple_encoder, apple_two_tower, apple_trainer")
+
     recipes = verbs.add_parser("recipes", help="list or copy the recipes that ship with the package")
     recipes.add_argument("action", choices=("list", "copy"))
     recipes.add_argument("folder", nargs="?", default=".", help="where `copy` puts them")
@@ -121,6 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
         return {"check": tools.check, "pack": tools.pack, "preview": tools.preview}[arguments.action](arguments)
     if arguments.verb in ("pretrain", "sft", "eval"):
         return run_recipe(arguments)
+    if arguments.verb == "scaling":
+        return run_scaling(arguments)
+    if arguments.verb == "convert":
+        return convert_checkpoint(arguments)
     if arguments.verb == "demo":
         with leaving_on_sigterm():
             from aimv2_vlm.demo import demo
@@ -149,6 +168,33 @@ def run_recipe(arguments: argparse.Namespace) -> int:
 
         entry = training.pretrain if arguments.verb == "pretrain" else training.sft
         return stoppable(lambda: entry(recipe, restart=arguments.restart))
+
+
+def run_scaling(arguments: argparse.Namespace) -> int:
+    from aimv2_vlm.recipe import load_recipe
+
+    config = load_recipe("scaling", arguments.recipe, arguments.overrides)
+    collect = arguments.collect or bool(arguments.budget)
+    with leaving_on_sigterm():
+        if arguments.processes > 1 and not collect:
+            from aimv2_vlm.train.launch import run_in_processes
+
+            words = ["scaling", arguments.recipe, *arguments.overrides, *(["--restart"] if arguments.restart else [])]
+            return stoppable(lambda: run_in_processes(words, arguments.processes))
+        from aimv2_vlm.scaling import scaling
+
+        return stoppable(lambda: scaling(config, collect=collect, budgets=arguments.budget, restart=arguments.restart))
+
+
+def convert_checkpoint(arguments: argparse.Namespace) -> int:
+    with leaving_on_sigterm():
+        from aimv2_vlm.models.convert import convert, summary
+        from aimv2_vlm.train.directory import storage_errors, sync_tree, versions
+
+        with storage_errors(arguments.destination):
+            receipt = convert(arguments.source, arguments.destination, arguments.to, versions=versions(), sync=sync_tree)
+    print(summary(receipt, arguments.destination))
+    return 0
 
 
 @contextlib.contextmanager

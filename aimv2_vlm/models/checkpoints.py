@@ -29,47 +29,54 @@ Rules = tuple[tuple[str, str], ...]
 
 HEAD_WIDTH = 128
 
-# Apple's names inside one block -> transformers'. "[qkv]" stands for three tensors stored as one, q above k above v.
-_BLOCK = {
-    r"attn\.qkv\.weight": "attention.[qkv]_proj.weight",
-    r"attn\.([qkv])_proj\.weight": r"attention.\2_proj.weight",
-    r"attn\.proj\.weight": "attention.out_proj.weight",
-    r"mlp\.fc1\.weight": "ffn.gate_proj.weight",
-    r"mlp\.fc2\.weight": "ffn.down_proj.weight",
-    r"mlp\.fc3\.weight": "ffn.up_proj.weight",
-    r"norm_1\.weight": "rms_norm1.weight",
-    r"norm_2\.weight": "rms_norm2.weight",
-}
+# A rule is (name in the layout, name after `to_transformers`); it is read in both directions. "#" stands for a block's
+# number, "[qkv]" for one of the three letters; where the layout's name lacks it, the three are stored as one tensor, q
+# above k above v.
+_JOINED = ("attn.qkv.weight", "attention.[qkv]_proj.weight")
+_SEPARATE = ("attn.[qkv]_proj.weight", "attention.[qkv]_proj.weight")
+_BLOCK = (
+    ("attn.proj.weight", "attention.out_proj.weight"),
+    ("mlp.fc1.weight", "ffn.gate_proj.weight"),
+    ("mlp.fc2.weight", "ffn.down_proj.weight"),
+    ("mlp.fc3.weight", "ffn.up_proj.weight"),
+    ("norm_1.weight", "rms_norm1.weight"),
+    ("norm_2.weight", "rms_norm2.weight"),
+)
 
 
-def _trunk(source: str, blocks: str, norm: str) -> Rules:
-    """Rules for a stack of blocks and its last norm."""
-    inside = tuple((rf"{source}trunk\.blocks\.(\d+)\.{old}", rf"{blocks}.\1.{new}") for old, new in _BLOCK.items())
-    return (*inside, (rf"{source}trunk\.post_trunk_norm\.weight", f"{norm}.weight"))
+def _trunk(source: str, blocks: str, norm: str, qkv: Rules) -> Rules:
+    """Rules for a stack of blocks and its last norm; both forms of `qkv` are read, the first is the one written."""
+    inside = tuple((f"{source}trunk.blocks.#.{old}", f"{blocks}.#.{new}") for old, new in (*qkv, *_BLOCK))
+    return (*inside, (f"{source}trunk.post_trunk_norm.weight", f"{norm}.weight"))
 
 
-def _image_encoder(source: str, target: str) -> Rules:
-    """Rules for Apple's image encoder below the regular expression `source`."""
-    preprocessor = rf"{source}preprocessor\.(?:blocks\.0\.)?"
+def _image_encoder(source: str, target: str, preprocessor: str = "preprocessor.", qkv: Rules = (_JOINED, _SEPARATE)) -> Rules:
+    """Rules for Apple's image encoder, whose names begin with `source`."""
     return (
-        (rf"{preprocessor}patchifier\.proj\.(weight|bias)", rf"{target}embeddings.patch_embed.\1"),
-        (rf"{preprocessor}patchifier\.norm\.weight", f"{target}embeddings.rms_norm.weight"),
-        (rf"{preprocessor}pos_embed", f"{target}embeddings.position_embedding.weight"),
-        *_trunk(source, f"{target}encoder.layers", f"{target}rms_norm"),
+        (f"{source}{preprocessor}patchifier.proj.weight", f"{target}embeddings.patch_embed.weight"),
+        (f"{source}{preprocessor}patchifier.proj.bias", f"{target}embeddings.patch_embed.bias"),
+        (f"{source}{preprocessor}patchifier.norm.weight", f"{target}embeddings.rms_norm.weight"),
+        (f"{source}{preprocessor}pos_embed", f"{target}embeddings.position_embedding.weight"),
+        *_trunk(source, f"{target}encoder.layers", f"{target}rms_norm", qkv),
     )
 
 
-_DECODER_INPUT = r"models\.text_decoder\.preprocessor\."
+_DECODER_INPUT = "models.text_decoder.preprocessor."
+_DECODER_HEAD = "models.text_decoder.head.blocks."
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of checkpoint names its tensors: `marker` is a key that only it has."""
+    """How one kind of checkpoint names its tensors: `marker` is a key that only it has.
+
+    `kept`: in transformers' own layouts, which have no rules, a regular expression of the names that are right already.
+    """
 
     name: str
     marker: str
     encoder_prefix: str
-    rules: Rules
+    rules: Rules = ()
+    kept: str = ""
 
 
 LAYOUTS = (
@@ -79,19 +86,18 @@ LAYOUTS = (
         "image_encoder.preprocessor.patchifier.proj.weight",
         "vision_model.",
         (
-            *_image_encoder(r"image_encoder\.", "vision_model."),
-            (r"image_encoder\.head\.cls_token", "vision_model.head.cls_token"),
-            (r"image_encoder\.head\.([kv])\.weight", r"vision_model.head.\1_proj.weight"),
-            (r"image_encoder\.head\.linear\.(weight|bias)", r"vision_model.head.output_proj.\1"),
-            (r"text_encoder\.preprocessor\.text_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
-            (
-                r"text_encoder\.preprocessor\.positional_embedding",
-                "text_model.embeddings.position_embedding.weight",
-            ),
-            *_trunk(r"text_encoder\.", "text_model.encoder.layers", "text_model.rms_norm"),
-            (r"image_projector\.weight", "visual_projection.weight"),
-            (r"text_projector\.weight", "text_projection.weight"),
-            (r"log_logit_scale", "logit_scale"),
+            *_image_encoder("image_encoder.", "vision_model."),
+            ("image_encoder.head.cls_token", "vision_model.head.cls_token"),
+            ("image_encoder.head.k.weight", "vision_model.head.k_proj.weight"),
+            ("image_encoder.head.v.weight", "vision_model.head.v_proj.weight"),
+            ("image_encoder.head.linear.weight", "vision_model.head.output_proj.weight"),
+            ("image_encoder.head.linear.bias", "vision_model.head.output_proj.bias"),
+            ("text_encoder.preprocessor.text_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+            ("text_encoder.preprocessor.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+            *_trunk("text_encoder.", "text_model.encoder.layers", "text_model.rms_norm", (_JOINED, _SEPARATE)),
+            ("image_projector.weight", "visual_projection.weight"),
+            ("text_projector.weight", "text_projection.weight"),
+            ("log_logit_scale", "logit_scale"),
         ),
     ),
     Layout(
@@ -99,27 +105,67 @@ LAYOUTS = (
         "models.image_encoder.preprocessor.blocks.0.patchifier.proj.weight",
         "encoder.",
         (
-            *_image_encoder(r"models\.image_encoder\.", "encoder."),
-            (_DECODER_INPUT + r"vision_preprocessor\.module\.(weight|bias)", r"image_projection.\1"),
-            (_DECODER_INPUT + r"text_preprocessor\.cls_token", "bos"),
-            (_DECODER_INPUT + r"text_preprocessor\.text_embedding\.weight", "token_embedding.weight"),
-            (_DECODER_INPUT + r"text_preprocessor\.positional_embedding", "text_position_embedding.weight"),
-            *_trunk(r"models\.text_decoder\.", "decoder.layers", "decoder_norm"),
-            (r"models\.text_decoder\.head\.blocks\.0\.linear\.weight", "text_head.weight"),
-            (r"models\.text_decoder\.head\.blocks\.1\.linear\.weight", "pixel_head.weight"),
+            *_image_encoder("models.image_encoder.", "encoder.", "preprocessor.blocks.0.", (_SEPARATE, _JOINED)),
+            (_DECODER_INPUT + "vision_preprocessor.module.weight", "image_projection.weight"),
+            (_DECODER_INPUT + "vision_preprocessor.module.bias", "image_projection.bias"),
+            (_DECODER_INPUT + "text_preprocessor.cls_token", "bos"),
+            (_DECODER_INPUT + "text_preprocessor.text_embedding.weight", "token_embedding.weight"),
+            (_DECODER_INPUT + "text_preprocessor.positional_embedding", "text_position_embedding.weight"),
+            *_trunk("models.text_decoder.", "decoder.layers", "decoder_norm", (_SEPARATE, _JOINED)),
+            (_DECODER_HEAD + "0.linear.weight", "text_head.weight"),
+            (_DECODER_HEAD + "1.linear.weight", "pixel_head.weight"),
         ),
     ),
-    Layout("transformers_encoder", "embeddings.patch_embed.weight", "", ((r"(.*)", r"\1"),)),
+    Layout("transformers_encoder", "embeddings.patch_embed.weight", "", kept=r".*"),
     Layout(
         "transformers_two_tower",
         "vision_model.embeddings.patch_embed.weight",
         "vision_model.",
-        ((r"((?:vision_model|text_model)\..*|(?:visual|text)_projection\.weight|logit_scale)", r"\1"),),
+        kept=r"(?:vision_model|text_model)\..*|(?:visual|text)_projection\.weight|logit_scale",
     ),
 )
 
-# Stored with leading dimensions of size one, or not, depending on the layout: (target name, number of dimensions kept).
-_SQUEEZED = {"position_embedding.weight": 2, "bos": 1}
+# Stored with leading dimensions of size one, or not, depending on the layout: (end of the name, number of dimensions).
+_DIMS = {"position_embedding.weight": 2, "bos": 1}  # after `to_transformers`
+_APPLE_DIMS = {"pos_embed": 3, "text_preprocessor.cls_token": 3}
+
+
+def _pattern(template: str) -> str:
+    return re.escape(template).replace(r"\#", r"(?P<number>\d+)").replace(r"\[qkv\]", "(?P<letter>[qkv])")
+
+
+def _counterparts(name: str, rules: Rules) -> list[str]:
+    """The names that `name` has on the other side of the first rule that knows it: three for one that joins q, k and v."""
+    for old, new in rules:
+        if found := re.fullmatch(_pattern(old), name):
+            found = found.groupdict()
+            filled = new.replace("#", found.get("number") or "")
+            letters = found.get("letter") or "qkv"
+            return [filled.replace("[qkv]", letter) for letter in letters] if "[qkv]" in new else [filled]
+    return []
+
+
+def transformers_names(layout: Layout, key: str) -> list[str]:
+    """What `to_transformers` makes of this key: one name, three where q, k and v are stored as one, none if unknown."""
+    if layout.kept:
+        return [key] if re.fullmatch(layout.kept, key) else []
+    return _counterparts(key, layout.rules)
+
+
+def stored_name(layout: Layout, name: str) -> str | None:
+    """The key under which the layout stores what `to_transformers` calls `name`; None where it has no place for it."""
+    if layout.kept:
+        return name if re.fullmatch(layout.kept, name) else None
+    return next(iter(_counterparts(name, tuple((new, old) for old, new in layout.rules))), None)
+
+
+def _with_dims(tensor: torch.Tensor, name: str, dims: dict[str, int]) -> torch.Tensor:
+    """Leading dimensions of size one added or taken away, where the name asks for it; other shapes stay as they are."""
+    wanted = next((number for ending, number in dims.items() if name.endswith(ending)), tensor.dim())
+    extra = tensor.dim() - wanted
+    if extra > 0 and all(size == 1 for size in tensor.shape[:extra]):
+        return tensor.reshape(tensor.shape[extra:])
+    return tensor[(None,) * -extra] if extra < 0 else tensor
 
 
 def name_some(keys: Iterable[str], limit: int = 4) -> str:
@@ -140,24 +186,46 @@ def detect_layout(keys: Iterable[str], source: str = "checkpoint") -> Layout:
     )
 
 
+def layout_named(name: str) -> Layout:
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
 def to_transformers(state: State, source: str = "checkpoint") -> tuple[Layout, State]:
-    """Rename every tensor (see the table above); raises `UserError` naming the keys that no rule knows."""
+    """Rename every tensor (see the table above).
+
+    Raises `UserError` naming the keys that no rule knows, or one that cannot be cut into q, k and v.
+    """
     layout = detect_layout(state, source)
     renamed: State = {}
-    unknown = []
-    for key, tensor in state.items():
-        match = next((m.expand(new) for old, new in layout.rules if (m := re.fullmatch(old, key))), None)
-        if match is None:
-            unknown.append(key)
-        elif "[qkv]" in match:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[match.replace("[qkv]", letter)] = part.contiguous()
-        else:
-            dims = next((dims for ending, dims in _SQUEEZED.items() if match.endswith(ending)), tensor.dim())
-            renamed[match] = tensor.reshape(tensor.shape[tensor.dim() - dims :]) if tensor.dim() > dims else tensor
-    if unknown:
+    names = {key: transformers_names(layout, key) for key in state}
+    if unknown := [key for key in state if not names[key]]:
         raise UserError(f"{source}: unexpected keys for the layout {layout.name}: {name_some(unknown)}")
+    for key, tensor in state.items():
+        if len(names[key]) == 3:
+            if tensor.dim() != 2 or len(tensor) % 3:
+                raise UserError(f"{source}: {key}: shape {tuple(tensor.shape)} is not that of q, k and v in one")
+            renamed.update((name, part.contiguous()) for name, part in zip(names[key], tensor.chunk(3), strict=True))
+        else:
+            renamed[names[key][0]] = _with_dims(tensor, names[key][0], _DIMS)
     return layout, renamed
+
+
+def from_transformers(renamed: State, layout: Layout, source: str = "checkpoint") -> State:
+    """The inverse of `to_transformers`: the tensors under the layout's own keys, q, k and v in one where it has them so.
+
+    Raises `UserError` naming what the layout has no key for, or where one of q, k and v is missing.
+    """
+    keys = {name: stored_name(layout, name) for name in renamed}
+    if unknown := [name for name, key in keys.items() if key is None]:
+        raise UserError(f"{source}: the layout {layout.name} has no place for {name_some(unknown)}")
+    state: State = {}
+    for key in dict.fromkeys(keys.values()):
+        names = transformers_names(layout, key)
+        if missing := [name for name in names if name not in renamed]:
+            raise UserError(f"{source}: missing keys: {name_some(missing)}")
+        tensor = renamed[names[0]] if len(names) == 1 else torch.cat([renamed[name] for name in names])
+        state[key] = _with_dims(tensor, key, _APPLE_DIMS if layout.rules else {})
+    return state
 
 
 def encoder_part(layout: Layout, renamed: State) -> State:
@@ -200,7 +268,7 @@ def read_safetensors(path: str | Path) -> tuple[State, dict]:
     path = Path(path)
     folder = path.parent if path.is_file() else path
     state: State = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         try:
             part = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -212,7 +280,8 @@ def read_safetensors(path: str | Path) -> tuple[State, dict]:
     return state, read_json(config) if config.is_file() else {}
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The .safetensors files that `read_safetensors` reads; raises `UserError` as it does."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: only .safetensors files are read (pickles can run code); convert it first")

@@ -166,7 +166,8 @@ def contrastive_sum(out: TwoTowerOutput, input_ids_BT: torch.Tensor, weights_B: 
     kind = same_BG.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         for mine_BE, others_GE in ((out.image_BE, text_GE), (out.text_BE, image_GE)):
-            logits_BG = (out.scale * mine_BE @ others_GE.T).masked_fill(weights_G == 0, torch.finfo(torch.float32).min)
+            logits_BG = out.scale * mine_BE @ others_GE.T
+            logits_BG = logits_BG.masked_fill(weights_G == 0, torch.finfo(logits_BG.dtype).min)
             loss_B = loss_B - 0.5 * (target_BG * logits_BG.log_softmax(-1)).sum(-1)
     return (loss_B * (weights_B > 0)).sum()
 

@@ -165,8 +165,11 @@ def load_encoder(path_or_name: str | Path, image_size: int | None = None, attent
     return assemble_encoder(layout, renamed, config, source, image_size, attention)
 
 
-def locate(path_or_name: str | Path) -> Path:
-    """A local path as it is; a hub name (`owner/model`) as the folder of its files in the cache, fetched if need be."""
+def locate(path_or_name: str | Path, also: tuple[str, ...] = ()) -> Path:
+    """A local path as it is; a hub name (`owner/model`) as the folder of its files in the cache, fetched if need be.
+
+    `also`: patterns of files that are wanted beside weights and config.
+    """
     path = Path(path_or_name)
     if path.exists():
         return path
@@ -175,7 +178,7 @@ def locate(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=["config.json", "model*.safetensors*"]))
+        return Path(snapshot_download(str(path_or_name), allow_patterns=["config.json", "model*.safetensors*", *also]))
     except Exception as error:  # the hub's client has many ways to fail; all of them mean "not reachable by this name"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path_or_name}: neither a local path nor reachable on the model hub: {reason}") from error

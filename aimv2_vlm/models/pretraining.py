@@ -417,7 +417,7 @@ class AIMv2ForPreTraining(nn.Module):
         with no_init_weights():
             model = cls(encoder, **sizes, attention=attention)
         own = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-        checkpoints.load_strictly(model, own | rest, source)
+        checkpoints.load_strictly(model, own | rest, source if encoder_parts else source / FOLDER)
         return model
 
     def load_decoder(self, path_or_name: str | Path) -> None:
