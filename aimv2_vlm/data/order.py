@@ -72,7 +72,7 @@ class Draws:
 
 
 # The streams of one sample: each purpose draws from its own, so that another crop setting never moves the prefixes.
-STREAMS = {"prefix": 1, "crop": 2, "caption": 3, "objective": 4}
+STREAMS = {"prefix": 1, "crop": 2, "caption": 3, "objective": 4, "augment": 5}
 
 
 def sample_seed(seed: int, position: int) -> int:
