@@ -56,6 +56,8 @@ def test_worlds_divide_a_step_and_read_the_same_samples():
 
 
 def test_small_models_limit_the_patches_and_impossible_sizes_are_refused():
+    small = NativeSchedule(0, capacity=512, center=5.0, spread=1.0)
+    assert 16 <= small.budgets[0] < 18 and 60 < small.budgets[-1] <= 64 and sorted(small.budgets) == small.budgets
     limited = NativeSchedule(0, capacity=256, patch_limit=64)
     assert set(limited.budgets) == {64} and limited.sizes == [4] * STRATA
     with pytest.raises(UserError, match="capacity: 1024 patches do not hold one picture of 3944"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aimv2_vlm import recipe as recipes
-from aimv2_vlm.config import EvalConfig, PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm.config import SftRecipe, UserError
 
 SHIPPED = recipes.shipped_recipes()
 
@@ -25,7 +25,7 @@ def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
 
 
 def test_each_verb_ships_recipes():
-    assert {verb for verb, _ in SHIPPED} == {"pretrain", "sft", "eval"}
+    assert {verb for verb, _ in SHIPPED} == set(recipes.FOLDERS)
 
 
 @pytest.mark.parametrize("verb,path", SHIPPED, ids=[p.stem for _, p in SHIPPED])
@@ -38,7 +38,7 @@ def test_every_shipped_recipe_loads_and_builds_on_the_meta_device(verb, path):
 
         from aimv2_vlm.train.run import build_pretraining_model, num_patches
 
-        recipe.encoder.path = None  # sizes stand in the recipe, so it builds offline
+        recipe.encoder.path = recipe.decoder.path = None  # sizes stand in the recipe, so it builds offline
         with torch.device("meta"):
             model = build_pretraining_model(recipe, recipe.text.vocab_size)
         assert sum(p.numel() for p in model.parameters()) > 0 and num_patches(recipe) > 1
@@ -54,6 +54,10 @@ def test_every_shipped_recipe_loads_and_builds_on_the_meta_device(verb, path):
                 num_hidden_layers=llm.num_layers, num_attention_heads=llm.num_heads))
         assert model.lm_head.weight.shape == (llm.vocab_size, llm.hidden_size)
         assert recipe.data.sources and recipe.optim.warmup_steps < recipe.optim.steps
+    elif verb == "scaling":
+        from aimv2_vlm.scaling import plan
+
+        assert len(plan(recipe)) == len(recipe.sizes) * len(recipe.seeds)
     else:
         assert recipe.models and recipe.benchmarks and recipe.benchmark_root
 
@@ -126,7 +130,7 @@ def test_what_is_dumped_loads_as_the_same_recipe(tmp_path):
         recipe = load(verb, path)
         again = recipes.load_recipe(verb, str(write(tmp_path, recipes.dump(recipe))), [])
         assert recipes.differences(recipes.to_dict(recipe), recipes.to_dict(again)) == []
-    assert {type(load(v, p)) for v, p in SHIPPED} == {PretrainRecipe, SftRecipe, EvalConfig}
+    assert {type(load(v, p)) for v, p in SHIPPED} == set(recipes.FOLDERS.values())
 
 
 def test_recipes_copy_keeps_what_is_there(tmp_path, capsys):

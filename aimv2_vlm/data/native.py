@@ -1,4 +1,4 @@
-"""Native-resolution mini-batches (paper section 2.3 and Table 6; appendix A): each has its own number of patches a picture.
+"""Native-resolution mini-batches (paper section 2.4 and Table 6; appendix A): each has its own number of patches a picture.
 
 A mini-batch draws A, the most patches a picture may have, as A = floor(2^n), n = 9.5 + 2.5 z, z from N(0, 1) truncated
 to [-1, 1], and takes B = floor(C / A) pictures, so that every mini-batch costs about C patches. Drawn freely, the number
@@ -27,12 +27,13 @@ STRATA = 64
 CENTER, SPREAD = 9.5, 2.5  # of n = log2(A)
 
 
-@lru_cache(maxsize=1)
-def patch_budgets() -> tuple[int, ...]:
-    """A of the 64 strata, rising: floor(2^(9.5 + 2.5 z)) at the middle of each 64th of the truncated normal: 132 … 3944."""
+@lru_cache(maxsize=8)
+def patch_budgets(center: float = CENTER, spread: float = SPREAD) -> tuple[int, ...]:
+    """A of the 64 strata, rising: floor(2^(center + spread z)) at the middle of each 64th of the truncated normal; 132 … 3944
+    for the paper's values."""
     normal = NormalDist()
     low, high = normal.cdf(-1.0), normal.cdf(1.0)
-    return tuple(math.floor(2 ** (CENTER + SPREAD * normal.inv_cdf(low + (s + 0.5) / STRATA * (high - low)))) for s in range(STRATA))
+    return tuple(math.floor(2 ** (center + spread * normal.inv_cdf(low + (s + 0.5) / STRATA * (high - low)))) for s in range(STRATA))
 
 
 class NativeSchedule:
@@ -42,11 +43,11 @@ class NativeSchedule:
     (for small models). Raises UserError where the largest stratum does not fit into C.
     """
 
-    def __init__(self, seed: int, capacity: int, patch_limit: int | None = None):
+    def __init__(self, seed: int, capacity: int, patch_limit: int | None = None, center: float = CENTER, spread: float = SPREAD):
         self.seed, self.capacity = seed, capacity
-        self.budgets = [min(a, patch_limit or a) for a in patch_budgets()]
+        self.budgets = [min(a, patch_limit or a) for a in patch_budgets(center, spread)]
         if min(self.budgets) < 2:
-            raise UserError(f"image.native.patch_limit: {patch_limit} leaves a picture fewer than 2 patches; raise it")
+            raise UserError(f"image.native.patch_limit: {patch_limit} leaves a picture fewer than 2 patches (center {center:g}, spread {spread:g}); raise it")
         if max(self.budgets) > capacity:
             raise UserError(f"image.native.capacity: {capacity} patches do not hold one picture of {max(self.budgets)}; raise it or set patch_limit")
         self.sizes = [capacity // a for a in self.budgets]
@@ -142,9 +143,11 @@ class NativePairs:
     A bad sample keeps its place with weight 0 and is named, as in PairDataset.
     """
 
-    def __init__(self, data: PairDataset, capacity: int, patch_size: int, patch_limit: int | None = None):
+    def __init__(
+        self, data: PairDataset, capacity: int, patch_size: int, patch_limit: int | None = None, center: float = CENTER, spread: float = SPREAD
+    ):
         self.data, self.patch_size = data, patch_size
-        self.schedule = NativeSchedule(data.seed, capacity, patch_limit)
+        self.schedule = NativeSchedule(data.seed, capacity, patch_limit, center, spread)
 
     def minibatch(self, number: int) -> dict[str, Any]:
         """`collate_native`'s tensors and input_ids (B, T), text_lengths, prefix_lengths U{1 … num_real - 1}, draws (B,), weights

@@ -10,7 +10,7 @@ from aimv2_vlm.config import Objective
 from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.contrastive import contrastive_sum
 from aimv2_vlm.models.encoder import NativePictures
-from aimv2_vlm.models.pretraining import scored_places
+from aimv2_vlm.models.pretraining import encoder_flops, scored_places
 
 Batch = dict[str, Any]
 
@@ -56,7 +56,7 @@ class GenerativeObjective:
             {"pixel": objective.pixel_weight if self.text else 1.0} if self.pixels else {}
         )
         self.logged = {"mean_color": "pixel"} if self.pixels else {}
-        self.parallel_fraction = objective.parallel_fraction if self.name == "cappa" else 0.0
+        self.parallel_fraction = objective.parallel_fraction
         self.caption_patches = objective.caption_patches if self.name == "captioning" else 1.0
         self.patch_size, self.normalize = patch_size, Normalization(mean, std)
 
@@ -80,7 +80,7 @@ class GenerativeObjective:
             num_real_B=batch.get("num_real"),
         )
         extras = {}
-        if self.parallel_fraction:
+        if self.name == "cappa":
             extras["parallel"] = (batch["draws"].double() / 2**63 < self.parallel_fraction).to(device, non_blocking=True)
         if self.caption_patches < 1:
             extras["caption_patches"] = self._drawn_patches(batch, num_patches).to(device, non_blocking=True)
@@ -119,12 +119,16 @@ class GenerativeObjective:
         return NativePictures(in_place * is_real_BN[..., None], positions, num_real)  # padding: zeros as the encoder sees them
 
     def _drawn_patches(self, batch: Batch, num_patches: int) -> torch.Tensor:
-        """(B, K): for each row the patches that its caption is decoded from, in raster order, a function of its draw."""
+        """(B, K): for each row the patches that its caption is decoded from, in raster order, a function of its draw.
+
+        K is a share of all places of a row; where a picture has fewer patches than that, padding makes them up.
+        """
         kept = max(1, round(num_patches * self.caption_patches))
+        real_B = batch["num_real"].tolist() if "num_real" in batch else [num_patches] * len(batch["draws"])
         rows = []
-        for draw in batch["draws"].tolist():
-            order = torch.randperm(num_patches, generator=torch.Generator().manual_seed(draw))
-            rows.append(order[:kept].sort().values)
+        for draw, real in zip(batch["draws"].tolist(), real_B, strict=True):
+            order = torch.randperm(real, generator=torch.Generator().manual_seed(draw))
+            rows.append(torch.cat([order, torch.arange(real, num_patches)])[:kept].sort().values)
         return torch.stack(rows)
 
 
@@ -170,3 +174,43 @@ class InstructionObjective:
 
     def flops(self, model: torch.nn.Module, batch: Batch) -> float:
         return 0.0
+
+
+class ProbeObjective:
+    """Cross-entropy of an attentive probe's classes (section 3, Tables A2 and B1); `zero_one` is 1 - top-1 accuracy.
+
+    A later grid of heads over the same features adds its heads' sums into one term each, over the same count.
+    """
+
+    weights = {"classification": 1.0}
+    logged = {"zero_one": "classification"}
+
+    def __init__(self, patch_size: int, mean: list[float], std: list[float]):
+        self.patch_size, self.normalize = patch_size, Normalization(mean, std)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        good = int((batch["weights"] > 0).sum())
+        return {"classification": good, "samples": len(batch["weights"]), "tokens": good * self._num_patches(batch)}
+
+    def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+        labels, weights = (batch[k].to(device, non_blocking=True) for k in ("labels", "weights"))
+        logits = self.logits(model, batch, device).float()
+        entropies = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return {"classification": (entropies * weights).sum(), "zero_one": ((logits.argmax(-1) != labels) * weights).sum()}
+
+    def logits(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+        """(B, classes) from the batch's pictures, or from their cached features."""
+        weights = batch["weights"].to(device, non_blocking=True)
+        if "features" in batch:
+            return model(features_BND=batch["features"].to(device, non_blocking=True), weights_B=weights)
+        return model(self.normalize(batch["pixels"].to(device, non_blocking=True)), weights_B=weights)
+
+    def flops(self, model: torch.nn.Module, batch: Batch) -> float:
+        """The frozen encoder runs forward only, and not at all on cached features."""
+        size = {"rows": self.counts(batch)["classification"], "num_patches": self._num_patches(batch)}
+        return 3 * model.head_flops(**size) + (0.0 if "features" in batch else encoder_flops(model.encoder, **size))
+
+    def _num_patches(self, batch: Batch) -> int:
+        if "features" in batch:
+            return batch["features"].shape[1]
+        return (batch["pixels"].shape[-2] // self.patch_size) * (batch["pixels"].shape[-1] // self.patch_size)
