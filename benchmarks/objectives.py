@@ -152,15 +152,25 @@ def probe_tasks(run: Path, labelled: Path, seed: int, tasks: tuple[str, ...], mo
         recipe.encoder.path = str(run / "final")
         recipe.data.path, recipe.data.test, recipe.data.where, recipe.augment.policy = str(labelled), "judged", {"task": task}, "none"
         recipe.crop_fraction = 1.0
-        recipe.optim.batch_size = recipe.optim.micro_batch_size = 256
-        recipe.optim.epochs, recipe.optim.warmup_steps = 20.0, 10
-        recipe.train.trackers, recipe.train.num_workers, recipe.train.save_every = [], 0, 10_000
-        for key, value in more.items():
-            setattr(recipe.optim, key, value)
-        result = best_of(recipe, PROBE_RATES, PROBE_DECAYS, best_on_test=False)["selected"]
-        chosen = run.parent / "probes" / task / "test" / f"lr_{result['lr']:g}_wd_{result['weight_decay']:g}" / "samples.jsonl"
-        outcomes[task] = [json.loads(line) for line in chosen.read_text(encoding="utf-8").splitlines()]
+        small_probe(recipe, more)
+        outcomes[task] = judged_pictures(recipe, best_of(recipe, PROBE_RATES, PROBE_DECAYS, best_on_test=False))
     return outcomes
+
+
+def small_probe(recipe: ProbeRecipe, optim: dict[str, Any]) -> None:
+    """Lengths that fit some thousand small pictures; `optim`: keys that differ."""
+    recipe.optim.batch_size = recipe.optim.micro_batch_size = 256
+    recipe.optim.epochs, recipe.optim.warmup_steps = 20.0, 10
+    recipe.train.trackers, recipe.train.num_workers, recipe.train.save_every = [], 0, 10_000
+    for key, value in optim.items():
+        setattr(recipe.optim, key, value)
+
+
+def judged_pictures(recipe: ProbeRecipe, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chosen point's judged pictures, one by one."""
+    chosen = result["selected"]
+    file = Path(recipe.out) / "test" / f"lr_{chosen['lr']:g}_wd_{chosen['weight_decay']:g}" / "samples.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------- findings

@@ -77,6 +77,13 @@ def test_final_opens_with_plain_automodel_as_the_trained_encoder(undisturbed):
     assert processor.image_mean == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_captions_cut_by_the_context_are_counted_across_a_stop(scenes_root, tmp_path):
+    out, keys = tmp_path / "run", ["text.context_length=4", "optim.steps=4"]
+    run_cli(*pretraining(scenes_root, out, *keys, "train.stop_after=2"))
+    run_cli(*pretraining(scenes_root, out, *keys))
+    assert [r["truncated_captions"] for r in rows(out) if "samples" in r] == [8, 16, 24, 32]  # no embedded caption has three tokens
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopping_and_going_on_gives_the_same_weights_bit_for_bit(undisturbed, scenes_root, tmp_path, workers):
     out = tmp_path / "run"

@@ -164,8 +164,11 @@ def train_clip_tokenizer(texts: Iterable[str], folder: str | os.PathLike, vocab_
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     whole = [*letters, *(letter + "</w>" for letter in letters)]
     blank = CLIPTokenizer(vocab={word: i for i, word in enumerate([*whole, begin, end])})
+    # Pairs of equal count are ordered by the ids of their halves. Letters that end a word would get theirs in the order of a
+    # hash table, another one in each run; named beforehand they have fixed ones.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[begin, end], show_progress=False
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[begin, end, *whole[len(letters) :]],
+        show_progress=False,
     )
     lines = [line for line in map(clean_caption, texts) if line]
     if not lines:

@@ -151,7 +151,7 @@ class NativePairs:
 
     def minibatch(self, number: int) -> dict[str, Any]:
         """`collate_native`'s tensors and input_ids (B, T), text_lengths, prefix_lengths U{1 … num_real - 1}, draws (B,), weights
-        (B,), keys, bad."""
+        (B,), num_truncated (captions that were cut), keys, bad."""
         data = self.data
         positions, num_patches = self.schedule.locate(number)
         rows = [self._fetch(position, num_patches) for position in positions]
@@ -161,6 +161,7 @@ class NativePairs:
             "prefix_lengths": torch.tensor([row["prefix_length"] for row in rows]),
             "draws": torch.tensor([draws(data.seed, position, "objective").bits() >> 1 for position in positions]),
             "weights": torch.tensor([float(row["bad"] is None) for row in rows]),
+            "num_truncated": sum(row["truncated"] for row in rows),
             "keys": [row["key"] for row in rows],
             "bad": [row["bad"] for row in rows if row["bad"] is not None],
         }
@@ -169,13 +170,13 @@ class NativePairs:
         data = self.data
         try:
             raw, caption = data.captioned(position)
-            ids, _ = data.tokens(raw, caption)
+            ids, truncated = data.tokens(raw, caption)
             picture = data.decoded(raw, lambda encoded: decode_image(encoded, data.max_pixels, data.max_bytes))
         except BadSample as error:
             blank = torch.zeros(2, 3 * self.patch_size**2, dtype=torch.uint8)
-            return {"patches": blank, "grid": (1, 2), "ids": [], "prefix_length": 1, "key": error.key, "bad": str(error)}
+            return {"patches": blank, "grid": (1, 2), "ids": [], "prefix_length": 1, "key": error.key, "truncated": False, "bad": str(error)}
         if draws(data.seed, position, "crop").uniform() < data.train_transform.flip:
             picture = picture.flip(2)
         patches, grid = native_patches(picture, num_patches, self.patch_size)
         prefix_length = draws(data.seed, position, "prefix").integers(1, len(patches))
-        return {"patches": patches, "grid": grid, "ids": ids, "prefix_length": prefix_length, "key": raw.key, "bad": None}
+        return {"patches": patches, "grid": grid, "ids": ids, "prefix_length": prefix_length, "key": raw.key, "truncated": truncated, "bad": None}
