@@ -1,6 +1,6 @@
 """Every knob of the project, declared once. Nothing heavy is imported here, so a wrong recipe fails before torch loads.
 
-A recipe is one of `PretrainRecipe`, `SftRecipe` and `EvalConfig`; its sections are the dataclasses below and are passed
+A recipe is one of `PretrainRecipe`, `SftRecipe`, `EvalConfig`, `ProbeRecipe` and `ScalingConfig`; its sections are the dataclasses below and are passed
 down as they are. Defaults are the paper's values (arXiv 2411.14402, Tables A1 and C1) unless a comment says otherwise.
 """
 
@@ -51,7 +51,7 @@ class Optimizer:
     steps: int = 1_500_000
     epochs: float | None = None  # instead of `steps`: passes over the data
     batch_size: int = 8192  # samples of one optimizer step, over all processes
-    micro_batch_size: int = 64  # samples of one forward pass of one process; never changes the gradient
+    micro_batch_size: int = 64  # samples of one forward pass of one process (0: its whole share); never changes the gradient
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -69,6 +69,7 @@ class Loop:
     validate_every: int = 1000
     save_every: int = 1000
     keep_last: int = 2
+    keep_steps: list[int] = field(default_factory=list)  # a checkpoint is written at these steps and kept beside the last ones
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     compile: bool = False  # torch.compile of the model; worth its minutes on a GPU
     peak_tflops: float | None = None  # what `share of peak` is a share of; null: the matrix product's rate measured at start
@@ -116,13 +117,16 @@ class PairData:
 
 @dataclass
 class Native:
-    """Pictures at their own aspect and of many sizes (native resolution, section 2.2). `capacity` switches it on.
+    """Pictures at their own aspect and of many sizes (native resolution, section 2.4). `capacity` switches it on.
 
-    A mini-batch holds pictures of at most A patches each, A drawn for it, and as many of them as fit `capacity`.
+    A mini-batch holds pictures of at most A = 2^n patches each, n = center + spread z drawn for it with z from N(0, 1) cut at
+    -1 and 1, and as many of them as fit `capacity`.
     """
 
     capacity: int | None = None  # patches of a mini-batch
-    patch_limit: int | None = None  # most patches of a picture; null: the paper's 132 to 3944
+    center: float = 9.5
+    spread: float = 2.5
+    patch_limit: int | None = None  # most patches of a picture; null: 2^(center + spread), the paper's sizes being 132 to 3944
     minibatches: int = 1  # of one optimizer step, over all processes; takes the place of optim.batch_size
 
 
@@ -324,3 +328,92 @@ class EvalConfig:
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int = 64
+
+
+@dataclass
+class LabelledData:
+    """Pictures with one class each. A split is `<path>/<split>/<class>/*`, or `<path>/[data/]<split>-*.parquet` with a column
+    of pictures and a column of classes, or the path of one parquet file."""
+
+    path: str = ""
+    train: str = "train"
+    test: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    where: dict[str, str] = field(default_factory=dict)  # keep the parquet rows whose columns have these values
+    selection: float = 0.1  # share of train, class by class, that hyper-parameters are chosen on
+    judged: str = choices("test", "test", "selection")  # selection: that share is kept from training and judged instead of test
+    duplicates: str = choices("refuse", "refuse", "drop")  # pictures of test that train holds too; drop: train does without them
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class ProbeAugmentation:
+    """Training pictures of a probe (Tables A2 and B1). `policy: none`: those of evaluation; frozen features can be cached then."""
+
+    policy: str = choices("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1", "none")
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.33])
+    flip: float = 0.5
+    color_jitter: float = 0.3  # the tables name both; timm leaves it out beside a rand policy: 0 for that reading
+    resize: str = choices("exact", "exact", "fast")
+
+
+@dataclass
+class ProbeRecipe:
+    """An attentive probe on a frozen encoder: one learning rate and weight decay (`evaluation.probing.best_of` tries several)."""
+
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
+    cache_dtype: str = choices("fp32", "fp32", "fp16")  # of cached features
+    data: LabelledData = field(default_factory=LabelledData)
+    augment: ProbeAugmentation = field(default_factory=ProbeAugmentation)
+    crop_fraction: float = 0.875  # evaluation: the shorter side becomes size / crop_fraction before the centre crop
+    optim: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, epochs=100, batch_size=512, micro_batch_size=512,
+            betas=[0.9, 0.999], weight_decay=0.05, decoupled=False, clip=3.0,
+        )
+    )
+    train: Loop = field(default_factory=Loop)
+
+
+# ----------------------------------------------------------------------------------------------------------- scaling study
+
+
+@dataclass
+class EmbeddedPictures:
+    """Pictures of the embedded data that a study draws for itself, below its `data_root`. samples: 0 draws none."""
+
+    samples: int = 0
+    held_out: int = 512
+    detail_share: float = 0.67
+
+
+@dataclass
+class StudySize:
+    """One encoder size: the keys in which its recipe differs, its own `optim.lr` among them."""
+
+    name: str = ""
+    keys: dict[str, Any] = field(default_factory=dict)  # of encoder, optim and train
+
+
+@dataclass
+class ScalingConfig:
+    """Sizes x samples (section 3.1): one half-cosine run a size and seed, a linear cooldown from each of its checkpoints."""
+
+    out: str | None = None
+    data_root: str | None = None
+    recipe: str = ""  # the pre-training recipe that all sizes share
+    keys: dict[str, Any] = field(default_factory=dict)  # of that recipe, in which the study differs
+    embedded: EmbeddedPictures = field(default_factory=EmbeddedPictures)
+    sizes: list[StudySize] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)  # pictures seen where a cooldown begins; the last one ends the long run
+    cooldown_fraction: float = 0.2
+    cooldown_min_lr: float = 1e-6
+    seeds: list[int] = field(default_factory=lambda: [0])
+    repeats: str = choices("refuse", "refuse", "allow")  # samples that come again within a run; allow: the results say so
+    resamples: int = 1000  # of held-out pictures and seeds, for the intervals

@@ -17,7 +17,8 @@ from aimv2_vlm import config
 from aimv2_vlm.config import UserError
 
 MAX_NODES = 100_000  # values in one YAML file, aliases written out
-FOLDERS = {"pretrain": config.PretrainRecipe, "sft": config.SftRecipe, "eval": config.EvalConfig}
+FOLDERS = {"pretrain": config.PretrainRecipe, "sft": config.SftRecipe, "eval": config.EvalConfig, "scaling": config.ScalingConfig}
+PLACES = {"pretrain": "pretrain", "sft": "sft_recipes", "eval": "eval_configs", "scaling": "pretrain/scaling"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,9 +90,8 @@ def _unfolded_size(node: yaml.Node, known: dict[int, float]) -> float:
 
 def recipes_dir(verb: str) -> Path:
     """Folder of the recipes that ship with the package (a checkout's, or the wheel's)."""
-    folder = {"pretrain": "pretrain", "sft": "sft_recipes", "eval": "eval_configs"}[verb]
-    inside = Path(__file__).parent / "recipes" / folder
-    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
+    inside = Path(__file__).parent / "recipes" / PLACES[verb]
+    return inside if inside.is_dir() else Path(__file__).parent.parent / PLACES[verb]
 
 
 def find_recipe(verb: str, name: str) -> Path:
@@ -192,6 +192,11 @@ def _build(cls: type, raw: Any, where: str, file: str, default: Any = None) -> A
     return dataclasses.replace(default, **values) if default is not None else cls(**values)
 
 
+def build(cls: type, raw: dict[str, Any], file: str) -> Any:
+    """The recipe of class `cls` that a mapping of keys stands for; absent keys have their defaults. Raises UserError."""
+    return _build(cls, raw, "", file)
+
+
 def _default(spec: dataclasses.Field) -> Any:
     return spec.default_factory() if spec.default_factory is not dataclasses.MISSING else None
 
@@ -245,14 +250,14 @@ def _substitute(value: Any, data_root: str | None, file: str, where: str = "") -
 
 
 def load_recipe(verb: str, name: str, overrides: list[str] = ()) -> Any:
-    """The recipe `name` of `verb` (pretrain, sft, eval) with `base:` files and `overrides` applied, checked key by key.
+    """The recipe `name` of `verb` (a key of FOLDERS) with `base:` files and `overrides` applied, checked key by key.
 
     Raises UserError naming file and key; nothing heavy has been imported by then.
     """
     path = find_recipe(verb, name)
     raw = _set_override(_load_with_base(path), parse_overrides(list(overrides)))
     raw = _substitute(raw, raw.get("data_root"), str(path))
-    recipe = _build(FOLDERS[verb], raw, "", str(path))
+    recipe = build(FOLDERS[verb], raw, str(path))
     if recipe.out is None:
         recipe.out = f"runs/{path.stem}"
     return recipe
@@ -293,7 +298,7 @@ def list_recipes() -> int:
 def copy_recipes(folder: str) -> int:
     """All recipes into `folder/<pretrain|sft_recipes|eval_configs>`; files that are there already are kept."""
     for verb, path in shipped_recipes():
-        target = Path(folder) / recipes_dir(verb).name / path.name
+        target = Path(folder) / PLACES[verb] / path.name
         if target.exists():
             print(f"kept     {target}")
             continue

@@ -60,8 +60,8 @@ def test_wheel_carries_all_code_recipes_and_data_files(wheel):
     }
     assert wanted <= wheel
     for folder in RECIPES:
-        found = [*(ROOT / folder).glob("*.yaml"), *(ROOT / folder).glob("README.md")]
-        assert found and {f"aimv2_vlm/recipes/{folder}/{p.name}" for p in found} <= wheel
+        found = [*(ROOT / folder).rglob("*.yaml"), *(ROOT / folder).glob("README.md")]
+        assert found and {f"aimv2_vlm/recipes/{p.relative_to(ROOT).as_posix()}" for p in found} <= wheel
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
     assert not [name for name in wheel if "test" in name.lower() and not name.startswith("aimv2_vlm/evaluation/tasks/")]
 

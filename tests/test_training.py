@@ -77,6 +77,18 @@ def test_final_opens_with_plain_automodel_as_the_trained_encoder(undisturbed):
     assert processor.image_mean == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_a_key_that_is_newer_than_the_run_counts_as_its_default(scenes_root, tmp_path):
+    out = tmp_path / "run"
+    run_cli(*pretraining(scenes_root, out, "train.stop_after=3"))
+    saved = out / "recipe.yaml"
+    older = [line for line in saved.read_text(encoding="utf-8").splitlines() if line.strip() != "schedule: cosine"]
+    saved.write_text("\n".join(older), encoding="utf-8")
+    assert run_cli(*pretraining(scenes_root, out, "train.stop_after=4")).returncode == 0
+    saved.write_text("\n".join(older), encoding="utf-8")
+    refused = run_cli(*pretraining(scenes_root, out, "optim.schedule=constant"), check=False)
+    assert refused.returncode == 2 and "optim.schedule: 'cosine' -> 'constant'" in refused.stderr
+
+
 def test_captions_cut_by_the_context_are_counted_across_a_stop(scenes_root, tmp_path):
     out, keys = tmp_path / "run", ["text.context_length=4", "optim.steps=4"]
     run_cli(*pretraining(scenes_root, out, *keys, "train.stop_after=2"))

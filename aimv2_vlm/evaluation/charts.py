@@ -78,7 +78,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's number: 20k, 1.5M, 0.05."""
+    """A tick's number: 20k, 1.5M, 0.05, 3e15."""
+    if abs(value) >= 1e12:
+        return f"{value:g}".replace("e+", "e")
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"

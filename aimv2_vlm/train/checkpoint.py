@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ TRANSIENT = (errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMO
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
-def _name(step: int) -> str:
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
     return f"{PREFIX}{step:08d}"
 
 
@@ -44,16 +45,16 @@ def _name(step: int) -> str:
 
 def save(
     folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement,
-    keep_last: int,
+    keep_last: int, keep_steps: Sequence[int] = (),
 ) -> None:
-    """Write `tensors` and `state` as `folder/step_<step>`; then remove all but the `keep_last` newest.
+    """Write `tensors` and `state` as `folder/step_<step>`; then remove all but the `keep_last` newest and those of `keep_steps`.
 
     A collective call. What storage refuses now and then is tried again from the start, WRITE_ATTEMPTS times in all (after
     a failed fsync the pages written before may be gone). Raises UserError on every process when the disk is full or not
     writable; the previous checkpoint stays as it was. A step that is already there keeps its tensors (a step has one set
     of weights), its state changes.
     """
-    target = folder / _name(step)
+    target = folder / step_name(step)
     for attempt in range(1, WRITE_ATTEMPTS + 1):
         try:
             _try_to_save(folder, step, tensors, state, placement)
@@ -68,7 +69,7 @@ def save(
             time.sleep(pause)
     if placement.is_main:
         try:
-            rotate(folder, keep_last)
+            rotate(folder, keep_last, keep_steps)
         except OSError as error:  # the new one is safe, and the next save rotates again
             say(f"warning: {folder}: an old checkpoint could not be removed ({error.strerror or error})")
 
@@ -82,7 +83,7 @@ class Refused(Exception):
 
 
 def _try_to_save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], placement: Placement) -> None:
-    target, temporary = folder / _name(step), folder / f".{_name(step)}.tmp"
+    target, temporary = folder / step_name(step), folder / f".{step_name(step)}.tmp"
     there: list[bool] = []
 
     def prepare() -> None:
@@ -178,7 +179,8 @@ def check_room(folder: Path, model: torch.nn.Module, num_steps: int, loop: Loop,
     if placement.is_main:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         final = sum(p.numel() * p.element_size() for p in model.parameters())
-        one, count = 3 * trained, min(max(1, loop.keep_last) + 1, math.ceil(num_steps / loop.save_every))  # weights, two moments
+        one = 3 * trained  # weights, two moments
+        count = min(max(1, loop.keep_last) + 1, math.ceil(num_steps / loop.save_every)) + len(loop.keep_steps)
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         needed = max(0, count * one - taken) + final
         place = next(path for path in (folder, *folder.parents) if path.exists())
@@ -195,11 +197,12 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
-def rotate(folder: Path, keep_last: int) -> None:
-    """Remove all but the `keep_last` newest complete checkpoints, and left-overs of killed writers."""
+def rotate(folder: Path, keep_last: int, keep_steps: Sequence[int] = ()) -> None:
+    """Remove all but the `keep_last` newest complete checkpoints and those of `keep_steps`, and left-overs of killed writers."""
     _remove_leftovers(folder)
     complete = [path for path in sorted(folder.glob(f"{PREFIX}*")) if not _verify(path)[0]]
-    for old in set(folder.glob(f"{PREFIX}*")) - set(complete[-max(1, keep_last) :]):
+    kept = {path for path in complete if path.name in map(step_name, keep_steps)} | set(complete[-max(1, keep_last) :])
+    for old in set(folder.glob(f"{PREFIX}*")) - kept:
         doomed = folder / f".{old.name}.tmp"  # a kill while removing must not leave half a checkpoint under its name
         os.replace(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -245,7 +248,7 @@ def _verify(path: Path) -> tuple[str, dict[str, Any]]:
         form, files = state["format"], {path / name: size for name, size in state["files"].items()}
         if form != FORMAT:
             return f"format {form} is not {FORMAT}", {}
-        if not files or path.name != _name(state["step"]):
+        if not files or path.name != step_name(state["step"]):
             return "state.json names no files or another step", {}
         if state.get("digest") != _digest(state):
             return "state.json is damaged: its digest does not fit", {}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -87,24 +87,12 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: the run directory cannot be made ({error.strerror}); choose another out=") from None
-        self._acquire()
+        self._lock = acquire_lock(self.path)
         if restart:
             self._clear()
         self._check_recipe(resolved)
         write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
         self._write_environment(resolved, world)
-
-    def _acquire(self) -> None:
-        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            raise UserError(f"{self.path}: {owner} is working in this run directory; wait for it or choose another out=") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
@@ -115,9 +103,7 @@ class RunDirectory:
         saved = self.path / "recipe.yaml"
         if not saved.exists():
             return
-        changed = [line for line in recipes.differences(recipes.load_yaml(saved), recipes.parse_yaml(recipes.dump(resolved), "recipe"))
-                   if not line.startswith(FREE_KEYS)]
-        if changed:
+        if changed := changed_keys(saved, resolved):
             raise UserError(f"{saved}: the run was started with another recipe ({'; '.join(changed)}); "
                             "use the old values, another out=, or --restart to begin anew")
 
@@ -163,6 +149,34 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def acquire_lock(folder: Path) -> TextIO:
+    """The folder's lock, held while the file that is returned is open. UserError when another process holds it."""
+    lock = open(folder / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"{folder}: {owner} is working in this run directory; wait for it or choose another out=") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def changed_keys(saved: Path, resolved: Any) -> list[str]:
+    """The keys in which a run's `recipe.yaml` and `resolved` differ and that change what is computed.
+
+    A key that did not exist yet when the run began has its default.
+    """
+    old = recipes.load_yaml(saved)
+    with contextlib.suppress(UserError):  # a key that exists no more: the comparison names it
+        old = recipes.parse_yaml(recipes.dump(recipes.build(type(resolved), old, str(saved))), str(saved))
+    lines = recipes.differences(old, recipes.parse_yaml(recipes.dump(resolved), "recipe"))
+    return [line for line in lines if not line.startswith(FREE_KEYS)]
 
 
 def sync_tree(folder: Path) -> None:

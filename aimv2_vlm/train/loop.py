@@ -132,6 +132,8 @@ def global_slice(step: int, batch_size: int, rank: int, world: int) -> range:
 
 
 def check_batch(optim: Optimizer, placement: Placement) -> None:
+    """Refuses a batch that the processes cannot share; a micro-batch size of 0 becomes a process's share."""
+    optim.micro_batch_size = optim.micro_batch_size or optim.batch_size // placement.world
     if optim.batch_size % placement.world:
         raise UserError(f"optim.batch_size: {optim.batch_size} is not a multiple of {placement.world} processes")
 
@@ -157,10 +159,11 @@ def run_step(
 
 
 def add_counts(objective: TrainingObjective, batches: Iterable[Batch]) -> dict[str, int]:
-    total: Counter[str] = Counter(dict.fromkeys(("samples", "tokens", "bad", *objective.weights), 0))
+    total: Counter[str] = Counter(dict.fromkeys(("samples", "tokens", "bad", "truncated", *objective.weights), 0))
     for batch in batches:
         total.update(objective.counts(batch))
         total["bad"] += len(batch["bad"])
+        total["truncated"] += batch.get("num_truncated", 0)
     return dict(total)
 
 
@@ -170,7 +173,7 @@ def losses(objective: TrainingObjective, sums: dict[str, torch.Tensor], counts: 
     values = placement.sum_tensor(torch.stack([sums[n].double() for n in names])).tolist()
     means = {n: v / max(1, counts[objective.logged.get(n, n)]) for n, v in zip(names, values, strict=True)}
     total = sum(weight * means[term] for term, weight in objective.weights.items())
-    return {"loss": total} | ({f"{n}_loss": means[n] for n in names} if len(objective.weights) > 1 else {})
+    return {"loss": total} | ({f"{n}_loss": means[n] for n in names} if len(names) > 1 else {})
 
 
 @torch.no_grad()
@@ -201,7 +204,7 @@ def train(
     checkpoint exists), UserError when data changed since the checkpoint or too many samples are bad.
     """
     bad = BadSamples(max_bad_fraction)
-    step, samples, tokens = 0, 0, 0
+    step, samples, tokens, truncated = 0, 0, 0, 0
     optim, end = schedule.optim, schedule.steps
     found = checkpoint.newest(directory.checkpoints, placement)
     if found is None and optim.cooldown.checkpoint is not None:
@@ -215,7 +218,7 @@ def train(
         tensors = placement.state_tensors(model, optimizer)
         checkpoint.load(path, tensors, placement)
         placement.after_load(model, optimizer, tensors)
-        step, samples, tokens = state["step"], state["samples"], state["tokens"]
+        step, samples, tokens, truncated = state["step"], state["samples"], state["tokens"], state.get("truncated", 0)
         bad.restore(state["bad"])
         if placement.is_main:
             say(f"{what}: going on from step {step} ({path})")
@@ -227,9 +230,9 @@ def train(
     def save(stopped: str = "", exit_code: int | None = None) -> None:
         # torchrun replaces exit codes, so the checkpoint carries it
         directory.write_json("data_report.json", {**(report or {}), "bad_samples_in_training": bad.total, "named": bad.named})
-        content = {"samples": samples, "tokens": tokens, "fingerprint": fingerprint, "world": placement.world,
+        content = {"samples": samples, "tokens": tokens, "truncated": truncated, "fingerprint": fingerprint, "world": placement.world,
                    "bad": bad.state(), "stopped": stopped, "exit_code": exit_code}
-        checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last)
+        checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last, loop.keep_steps)
 
     def stopped(message: str, exit_code: int) -> Stopped:
         return Stopped(message if placement.is_main else "", exit_code)
@@ -265,6 +268,7 @@ def train(
                 sums, norm = run_step(objective, model, optimizer, batches, counts, placement, optim.clip)
                 skipped += ~torch.isfinite(norm)
                 step, samples, tokens = step + 1, samples + counts["samples"], tokens + counts["tokens"]
+                truncated += counts["truncated"]
                 operations += sum(objective.flops(whole, batch) for batch in batches) if placement.is_main else 0.0
                 names = placement.gather_strings([b for m in batches for b in m["bad"]]) if counts["bad"] else []
                 bad.add(counts["samples"], counts["bad"], names)
@@ -279,6 +283,8 @@ def train(
                         row["tflops_per_s"] = operations / (now - last_time) / 1e12
                         row["share_of_peak"] = row["tflops_per_s"] / peak
                         speed += f", {row['tflops_per_s']:.3g} TFLOP/s = {row['share_of_peak']:.0%} of peak"
+                    if truncated:
+                        row["truncated_captions"] = truncated
                     if row_skipped := int(skipped):
                         row["skipped_steps"] = row_skipped
                         speed += f", {row_skipped} steps skipped (gradient not finite)"
@@ -295,7 +301,7 @@ def train(
                     row = validation()
                     if log is not None:
                         log.write({"step": step} | row)
-                if step % loop.save_every == 0 or last:
+                if step % loop.save_every == 0 or last or step in loop.keep_steps:
                     save()
                     saved_step = step
                 if loop.stop_after is not None and step >= loop.stop_after and not last:

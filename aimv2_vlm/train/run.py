@@ -101,6 +101,8 @@ def check_pretraining(recipe: PretrainRecipe) -> None:
     if o.caption_patches < 1 and o.name != "captioning":
         raise UserError(f"objective.caption_patches: {o.caption_patches:g} goes with captioning alone (patches are predicted from all patches "
                         f"before them); objective.name is {o.name}")
+    if o.attention == "bidirectional" and o.name in ("aimv2", "aimv1"):
+        raise UserError(f"objective.attention: bidirectional leaves no patch to predict, but objective.name is {o.name}; write prefix")
     if o.decoders == "separate" and o.name != "aimv2":
         raise UserError(f"objective.decoders: separate needs pixels and text, but objective.name is {o.name}")
     if native and o.name in (*CONTRASTIVE, "genlip"):
@@ -127,14 +129,7 @@ def pair_data(
     """Tokenizer, training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 indexes first."""
     if not recipe.data.sources:
         raise UserError("data.sources: names no shards; give at least one source with a path")
-
-    def dataset(sources: Sequence[Any], tokenizer: CaptionTokenizer | ClipTokenizer | None, seed: int) -> PairDataset:
-        bar = Progress("indexing shards", 1, enabled=placement.is_main, unit="shards")
-        return PairDataset(
-            sources, seed, recipe.image, tokenizer, num_patches(recipe), cache_dir=recipe.data.index_dir,
-            window_shards=recipe.data.window_shards, shuffle_captions=recipe.objective.shuffle_captions, progress=bar.of,
-            shard_cache=ShardCache(Path(recipe.data.shard_cache or default_cache_dir().parent / "shards"), int(recipe.data.shard_cache_gb * 2**30)),
-        )
+    dataset = partial(pair_set, recipe, shows_progress=placement.is_main)
 
     def build() -> tuple[CaptionTokenizer | ClipTokenizer, PairDataset, PairDataset | None]:
         pack_sources([*recipe.data.sources, *recipe.data.validation])
@@ -156,6 +151,17 @@ def pair_data(
         raise UserError(f"data.sources: {data.num_bad} of {total} samples are bad, above max_bad_fraction {recipe.data.max_bad_fraction:g} "
                         f"(first: {data.bad_samples(1)[0]}); see data_report.json")
     return tokenizer, data, held_out
+
+
+def pair_set(recipe: PretrainRecipe, sources: Sequence[PairSource], tokenizer: CaptionTokenizer | ClipTokenizer | None, seed: int,
+             shows_progress: bool = True) -> PairDataset:
+    """`sources` as the recipe reads them; shards without an index get one. tokenizer: None where only texts are read."""
+    bar = Progress("indexing shards", 1, enabled=shows_progress, unit="shards")
+    return PairDataset(
+        sources, seed, recipe.image, tokenizer, num_patches(recipe), cache_dir=recipe.data.index_dir,
+        window_shards=recipe.data.window_shards, shuffle_captions=recipe.objective.shuffle_captions, progress=bar.of,
+        shard_cache=ShardCache(Path(recipe.data.shard_cache or default_cache_dir().parent / "shards"), int(recipe.data.shard_cache_gb * 2**30)),
+    )
 
 
 def pack_sources(sources: Sequence[PairSource]) -> None:
@@ -203,8 +209,9 @@ def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int, eos_id: int
     e, d, o = recipe.encoder, recipe.decoder, recipe.objective
     if e.path is not None:
         encoder = load_encoder(e.path, image_size=recipe.image.size, attention=e.attention)
-        if encoder.config.patch_size != e.patch_size:
-            raise UserError(f"encoder.patch_size: {e.patch_size}, but {e.path} has patches of {encoder.config.patch_size}; write that")
+        for key in ("patch_size", "hidden_size"):
+            if (found := getattr(encoder.config, key)) != getattr(e, key):
+                raise UserError(f"encoder.{key}: {getattr(e, key)}, but the encoder in {e.path} has {found}; write that, or name another checkpoint")
         if recipe.image.native.capacity is not None and not encoder.config.is_native:
             raise UserError(f"encoder.path: {e.path} has learned positions of one size; image.native needs a native (sin-cos) encoder")
     else:
@@ -244,7 +251,7 @@ class PairSteps:
         check_batch(self.optim, placement)
         if recipe.objective.name in CONTRASTIVE and self.optim.micro_batch_size * self.world != self.optim.batch_size:
             raise UserError(f"optim.micro_batch_size: {recipe.objective.name} compares all {self.optim.batch_size} rows of a step at once, so it "
-                            f"cannot be accumulated; set it to {self.optim.batch_size // self.world} (optim.batch_size / {self.world} processes)")
+                            f"cannot be accumulated; set it to 0 (optim.batch_size / {self.world} processes = {self.optim.batch_size // self.world})")
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
         positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
@@ -257,7 +264,7 @@ class NativeSteps:
 
     def __init__(self, recipe: PretrainRecipe, data: PairDataset, placement: Placement):
         native = recipe.image.native
-        self.pairs = NativePairs(data, native.capacity, recipe.encoder.patch_size, native.patch_limit)
+        self.pairs = NativePairs(data, native.capacity, recipe.encoder.patch_size, native.patch_limit, native.center, native.spread)
         self.minibatches, self.rank, self.world = native.minibatches, placement.rank, placement.world
         self.samples = self.pairs.schedule.samples_per_block * self.minibatches / STRATA
         self.pairs.schedule.numbers(0, self.minibatches, self.rank, self.world)  # refuses a world that does not divide them
@@ -270,7 +277,7 @@ class NativeSteps:
 def validate_pairs(objective: TrainingObjective, model: torch.nn.Module, data: PairDataset, recipe: PretrainRecipe,
                    placement: Placement) -> dict[str, float]:
     """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
-    total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size
+    total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size or recipe.optim.batch_size
     mine = range(placement.rank, total, placement.world)
 
     def batches() -> Iterator[dict[str, Any]]:
