@@ -240,6 +240,7 @@ class ConversationSource:
 class ConversationData:
     sources: list[ConversationSource] = field(default_factory=list)
     max_length: int = 2048  # tokens of one row; longer ones are cut at a turn boundary and counted
+    tokens_per_microbatch: int = 8192  # most tokens of rows that are computed together; never changes the gradient
     max_bad_fraction: float = 0.01
 
 
@@ -272,7 +273,7 @@ class LanguageModel:
 
 @dataclass
 class Tiling:
-    """`grid` 1x1 gives a Llava, RxC a LlavaNext with an overview picture and RxC tiles."""
+    """`grid` 1x1 gives a Llava, RxC a LlavaNext with an overview picture and RxC tiles, RxC+RxC a choice per picture."""
 
     grid: str = "1x1"
     pad_square: bool = True
@@ -290,6 +291,7 @@ class SftRecipe:
     tiling: Tiling = field(default_factory=Tiling)
     data: ConversationData = field(default_factory=ConversationData)
     trainable: list[str] = field(default_factory=lambda: ["connector", "llm"])
+    connector_path: str | None = None  # a trained connector to start from: final/ of a run, or LLaVA's mm_projector.bin
     connector_lr_scale: float = 8.0
     optim: Optimizer = field(
         default_factory=lambda: Optimizer(

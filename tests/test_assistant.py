@@ -26,6 +26,7 @@ from aimv2_vlm.models.assistant import (
     encode_views,
     parameter_groups_by_part,
     part_of,
+    see_rows_apart,
     set_trainable,
 )
 
@@ -113,7 +114,19 @@ def dataset(folder, processor, features=None, max_length=None, **tiling):
 
 
 def arguments(batch):
-    return {key: value for key, value in batch.items() if key != "bad"}
+    return {key: value for key, value in batch.items() if key not in ("bad", "num_rows")}
+
+
+def num_supervised(batch):
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def padded(batch):
+    """(ids, attention mask, labels) of a concatenated batch as the stock model takes them: a row each, padded on the right."""
+    rows = [[t[0, at] for at in torch.arange(batch["input_ids"].shape[1]).split(batch["row_lengths"])] for t in (batch["input_ids"], batch["labels"])]
+    (ids, labels), longest = rows, max(batch["row_lengths"])
+    fill = lambda parts, value: torch.stack([torch.nn.functional.pad(p, (0, longest - len(p)), value=value) for p in parts])  # noqa: E731
+    return fill(ids, 0), fill([torch.ones_like(p) for p in ids], 0), fill(labels, IGNORED)
 
 
 def stock_loss(model, batch, num_views):
@@ -125,8 +138,9 @@ def stock_loss(model, batch, num_views):
             pixels = pixels.view(-1, num_views, *pixels.shape[1:])
             extra["image_sizes"] = torch.tensor(batch["image_sizes"])
         extra["pixel_values"] = pixels
-    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"], **extra)
-    return out.loss * (batch["labels"][:, 1:] != IGNORED).sum()
+    ids, mask, labels = padded(batch)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, **extra)
+    return out.loss * num_supervised(batch)
 
 
 @pytest.mark.parametrize("pad_square", [True, False])
@@ -139,12 +153,12 @@ def test_the_loss_is_the_stock_models(tokenizer_folder, data, grid, pad_square):
         out = wrapper(**arguments(batch))
         expected = stock_loss(model, batch, rows.tiling.num_views)
         assert abs(out["text_sum"] - expected) <= 1e-5 * abs(expected)
-        assert out["text_count"] == (batch["labels"][:, 1:] != IGNORED).sum()
+        assert out["text_count"] == num_supervised(batch)
 
 
 def gradients(model, batches, weigh=True):
     model.zero_grad()
-    total = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    total = sum(map(num_supervised, batches))
     wrapper = AssistantForTraining(model).train()
     for batch in batches:
         (wrapper(**arguments(batch))["text_sum"] / (total if weigh else 1)).backward()
@@ -155,6 +169,20 @@ def assert_same_gradients(one, other, tolerance=1e-6):
     assert one.keys() == other.keys()
     for name in one:
         assert (one[name] - other[name]).norm() <= tolerance * max(one[name].norm(), 1e-4), name
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_gradient_is_the_stock_models(tokenizer_folder, data, grid):
+    """Rows concatenated, the head on supervised tokens, the last block where it is read: all of it changes nothing."""
+    model, processor = build(tokenizer_folder, grid)
+    set_trainable(model, ["connector", "llm"])
+    rows = dataset(data, processor)
+    [batch] = rows.microbatches(range(len(rows)), len(rows))
+    ours = gradients(model, [batch], weigh=False)
+    model.zero_grad()
+    see_rows_apart(model, False)
+    stock_loss(model, batch, rows.tiling.num_views).backward()
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, ours, 1e-5)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -325,7 +325,7 @@ def without(key):
         ("pretraining", lambda s: None, "apple_two_tower", "apple_two_tower cannot be made"),
         ("two_tower", without("text_projector.weight"), "transformers", "text_projection.weight"),
         ("two_tower", without("image_encoder.head.k.weight"), "transformers", "vision_model.head.k_proj.weight"),
-        ("encoder_fixed", lambda s: None, "llava", "choose transformers, apple_encoder"),
+        ("encoder_fixed", lambda s: None, "onnx", "choose transformers, apple_encoder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(name, change, to, named, tmp_path):

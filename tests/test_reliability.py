@@ -136,7 +136,7 @@ def test_room_is_judged_by_what_the_run_will_write(tmp_path, monkeypatch) -> Non
 
     def check(free: int, **loop: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
-        checkpoint.check_room(folder, model, Optimizer(steps=100), Loop(save_every=10, **loop), placement)
+        checkpoint.check_room(folder, model, 100, Loop(save_every=10, **loop), placement)
 
     check(3 * one + final)
     with pytest.raises(UserError, match=r"3 checkpoints of 0\.48 MB .* 0\.24 MB need 1\.68 MB more, but 1\.68 MB are free.*keep_last \(2\)"):
@@ -151,9 +151,9 @@ def test_room_is_judged_by_what_the_run_will_write(tmp_path, monkeypatch) -> Non
 def test_a_run_that_writes_few_checkpoints_needs_room_for_those(tmp_path, monkeypatch) -> None:
     model, placement = torch.nn.Linear(100, 100, bias=False), Placement("single", "fp32")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 160_000))
-    checkpoint.check_room(tmp_path, model, Optimizer(steps=10), Loop(save_every=10, keep_last=5), placement)
+    checkpoint.check_room(tmp_path, model, 10, Loop(save_every=10, keep_last=5), placement)
     with pytest.raises(UserError, match="2 checkpoints"):
-        checkpoint.check_room(tmp_path, model, Optimizer(steps=11), Loop(save_every=10, keep_last=5), placement)
+        checkpoint.check_room(tmp_path, model, 11, Loop(save_every=10, keep_last=5), placement)
 
 
 # ----------------------------------------------------------------------------------------------------- data that goes away
@@ -165,11 +165,12 @@ def test_data_that_cannot_be_read_any_more_stops_with_a_checkpoint(workers, tmp_
 
     from aimv2_vlm.train.directory import RunDirectory
     from aimv2_vlm.train.loop import train
+    from aimv2_vlm.train.optim import Schedule
 
     placement = Placement("single", "fp32")
     model = torch.nn.Linear(2, 1)
     objective = SimpleNamespace(weights={"text": 1.0}, logged={}, counts=lambda batch: {"text": 2, "samples": 2, "tokens": 2},
-                                sums=lambda model, batch, device: {"text": model(batch["x"]).square().sum()})
+                                sums=lambda model, batch, device: {"text": model(batch["x"]).square().sum()}, flops=lambda model, batch: 0.0)
 
     def micro_batches(step: int) -> list[dict]:
         if step == 3:
@@ -180,7 +181,7 @@ def test_data_that_cannot_be_read_any_more_stops_with_a_checkpoint(workers, tmp_
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
     with pytest.raises(UserError, match=r"^data source 'far': far/00007\.tar: Connection refused$"):
         train(directory=directory, placement=placement, objective=objective, model=model, optimizer=torch.optim.AdamW(groups, fused=True),
-              micro_batches=micro_batches, optim=Optimizer(steps=9, warmup_steps=0, batch_size=2),
+              micro_batches=micro_batches, schedule=Schedule(Optimizer(steps=9, warmup_steps=0, batch_size=2)),
               loop=Loop(num_workers=workers, trackers=[], save_every=100), fingerprint={}, compare=lambda old, new: [])
     directory.close()
     state = checkpoint.newest(directory.checkpoints, placement)[1]

@@ -9,19 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     AutoImageProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
 )
+from transformers.image_processing_utils import select_best_resolution
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.chat import train_chat_tokenizer
-from aimv2_vlm.data.tiling import Tiling, image_processor, picture_views, prepare_picture
+from aimv2_vlm.data.tiling import Tiling, cut_views, image_processor, picture_views, prepare_picture
+from aimv2_vlm.data.transforms import normalize
+from aimv2_vlm.models.assistant import AssistantForTraining, build_assistant, set_trainable
 
 MEAN, STD = [0.48, 0.45, 0.41], [0.27, 0.26, 0.28]
 GRIDS = [(1, 1), (2, 2), (3, 3), (1, 2), (3, 2)]
+SPELLINGS = ["1x1", "2x2", "3x3", "1x3", "2x2+1x2+2x1", "1x2+2x1+2x2+3x1+1x3"]
 sides = st.one_of(st.integers(1, 4000), st.integers(1, 60), st.sampled_from([335, 336, 337, 672, 750, 1008]))
 
 
@@ -91,6 +97,34 @@ def test_placeholders_are_the_models_features(tiled_models, height, width, grid,
     assert len(packed[0]) == tiling.num_image_tokens(height, width)
 
 
+@pytest.mark.parametrize("tile_size,pad_square", [(336, False), (336, True), (70, False)])
+@pytest.mark.parametrize("spelling", SPELLINGS[1:])
+def test_2000_token_counts_and_choices_are_the_stock_processors(tokenizer, spelling, tile_size, pad_square):
+    """Where stock keeps no token of the tiles, the picture is refused; an odd number of patches always keeps one."""
+    tiling = Tiling.parse(spelling, tile_size=tile_size, pad_square=pad_square)
+    stock = stock_processor(tiling, tokenizer)
+    sizes = np.exp(np.random.default_rng(tile_size).uniform(0, np.log(4000), (2000, 2))).round().astype(int).tolist()
+    refused = 0
+    for height, width in [*sizes, (750, 504), (1, 4000), (4000, 1)]:
+        size = tiling.processed_size(height, width)
+        best = select_best_resolution(size, tiling.pinpoints)
+        if not tiling.shows_something(height, width):
+            refused += 1
+            patches = (tile_size // 14,) * 2
+            assert stock._get_unpadded_features(*size, *patches, *_grid(best, tile_size))[0] == 0
+            continue
+        assert tiling.num_image_tokens(height, width) == stock._get_number_of_features(*size, tile_size, tile_size)
+        assert tiling.num_image_tokens(height, width) <= tiling.max_image_tokens
+        assert tiling.at(height, width).grid == _grid(best, tile_size)
+        assert len(tiling.views(height, width)) == tiling.at(height, width).num_views <= tiling.num_views
+    may_vanish = not pad_square and (tile_size == 336 or "2" in spelling)
+    assert (refused > 0) == may_vanish
+
+
+def _grid(resolution, tile_size):
+    return resolution[0] // tile_size, resolution[1] // tile_size
+
+
 def test_counts_that_the_paper_and_llava_next_give():
     assert Tiling((1, 1)).num_image_tokens(123, 999) == 576
     assert Tiling((2, 2)).num_image_tokens(700, 700) == 2928
@@ -128,6 +162,69 @@ def test_pixels_are_the_stock_processors(grid, height, width):
         assert torch.equal(views, expected["pixel_values"] if tiling.single else expected["pixel_values"][0])
         assert tiling.single or expected["image_sizes"].tolist() == [list(size)]
         assert size == tiling.processed_size(height, width)
+
+
+def painted(kind, height, width, seed):
+    pixels = picture(height, width, seed)
+    if kind == "grey":
+        return pixels[:1].repeat(3, 1, 1)
+    if kind == "black and white":  # bicubic overshoots at every edge
+        return (pixels > 127).to(torch.uint8) * 255
+    return pixels.contiguous() if kind == "planes" else pixels
+
+
+def padded_by_hand(pixels):
+    height, width = pixels.shape[-2:]
+    side, ground = max(height, width), tuple(int(255 * mean) for mean in MEAN)
+    square = Image.new("RGB", (side, side), ground)
+    square.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), ((side - width) // 2, (side - height) // 2))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def assert_pixels_are_the_stock_processors(pixels, tiling):
+    stock = image_processor(tiling, MEAN, STD)
+    shown = padded_by_hand(pixels) if tiling.pad_square and not tiling.single else pixels
+    expected = stock(shown.contiguous(), return_tensors="pt", input_data_format="channels_first")
+    expected_pixels = expected["pixel_values"] if tiling.single else expected["pixel_values"][0]
+    views, size = picture_views(pixels, tiling, stock)
+    assert torch.equal(views, expected_pixels)
+    assert tiling.single or expected["image_sizes"].tolist() == [list(size)]
+    raw, raw_size = cut_views(pixels, tiling, MEAN)
+    assert raw.dtype == torch.uint8 and raw_size == size
+    assert (normalize(raw, MEAN, STD) - expected_pixels).abs().max() <= 1e-6
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 260),
+    st.integers(1, 260),
+    st.sampled_from(SPELLINGS),
+    st.booleans(),
+    st.sampled_from(["noise", "planes", "grey", "black and white"]),
+    st.integers(0, 9),
+)
+def test_every_pixel_is_the_stock_processors(height, width, spelling, pad_square, kind, seed):
+    tiling = Tiling.parse(spelling, tile_size=56, pad_square=pad_square)
+    if tiling.shows_something(height, width):
+        assert_pixels_are_the_stock_processors(painted(kind, height, width, seed), tiling)
+
+
+@pytest.mark.parametrize("spelling", ["1x1", "3x3", "2x2+1x3+3x1"])
+@pytest.mark.parametrize("height,width", [(90, 4000), (1500, 40), (750, 1100), (1008, 1008)])
+def test_every_pixel_of_large_and_thin_pictures_is_the_stock_processors(spelling, height, width):
+    assert_pixels_are_the_stock_processors(
+        painted("noise", height, width, 0), Tiling.parse(spelling, tile_size=336, pad_square=False)
+    )
+
+
+def test_a_processor_with_other_settings_is_asked_itself():
+    tiling = Tiling((2, 2), 56, 14, pad_square=False)
+    stock = image_processor(tiling, MEAN, STD)
+    stock.do_normalize = False
+    pixels = picture(100, 120)
+    expected = stock(pixels, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
+    views, _ = picture_views(pixels, tiling, stock)
+    assert torch.equal(views, expected) and views.max() > 0.9
 
 
 def test_square_pictures_need_no_padding_so_stock_users_see_the_training_pixels():
@@ -195,8 +292,9 @@ def test_boxes_tell_which_view_shows_a_spot(grid, pad_square, height, width):
 
 
 def test_a_saved_processor_tells_its_tiling(tokenizer, tmp_path):
+    several = Tiling((2, 2), 56, 14, False, others=((1, 2), (2, 1)))
     for number, tiling in enumerate(
-        [Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True)]
+        [Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True), several]
     ):
         stock_processor(tiling, tokenizer).save_pretrained(tmp_path / str(number))
         kind = LlavaProcessor if tiling.single else LlavaNextProcessor
@@ -212,7 +310,9 @@ def test_pictures_whose_tiles_vanish_are_known():
     assert Tiling((2, 2), pad_square=False).shows_something(4000, 400)
 
 
-@pytest.mark.parametrize("text", ["", "2", "2x", "x2", "2x2x2", "0x2", "2x0", "-1x2", "a"])
+@pytest.mark.parametrize(
+    "text", ["", "2", "2x", "x2", "2x2x2", "0x2", "2x0", "-1x2", "a", "2x2+", "2x2,1x2", "2x2+2x2", "1x1+2x2"]
+)
 def test_a_grid_that_makes_no_sense_is_refused(text):
     with pytest.raises(UserError, match="tiling"):
         Tiling.parse(text, tile_size=336)
@@ -221,3 +321,61 @@ def test_a_grid_that_makes_no_sense_is_refused(text):
 def test_tiles_are_whole_patches():
     with pytest.raises(UserError, match="multiple"):
         Tiling((1, 1), 100, 14)
+
+
+@pytest.fixture(scope="module")
+def assistants(tokenizer):
+    """Makes a small assistant of random weights for a tiling."""
+    llm = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    vision = dict(image_size=28, patch_size=14, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+
+    def make(spelling):
+        torch.manual_seed(0)
+        encoder = Aimv2VisionModel(Aimv2VisionConfig(num_attention_heads=1, use_head=False, **vision))
+        return build_assistant(
+            encoder, None, spelling, tokenizer=tokenizer, llm_config=llm, image_mean=MEAN, image_std=STD,
+            pad_square=False,
+        )  # fmt: skip
+
+    return make
+
+
+def test_a_frozen_encoder_sees_a_bounded_number_of_views_at_once(assistants):
+    """Nine tiles and an overview pass in the memory of four views, and the features stay the same."""
+    model, _ = assistants("3x3")
+    set_trainable(model, ["connector", "llm"])
+    seen = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    tiling = Tiling((3, 3), 28, 14, pad_square=False)
+    views, size = picture_views(picture(60, 90), tiling, image_processor(tiling, MEAN, STD))
+    image_tokens = [model.config.image_token_id] * tiling.num_image_tokens(60, 90)
+    ids = torch.tensor([[1, *image_tokens, 2, 3]])
+    arguments = dict(
+        input_ids=ids, labels=ids.where(ids < 4, -100), position_ids=torch.arange(ids.shape[1])[None],
+        row_lengths=[ids.shape[1]], pixel_values=views, image_sizes=[list(size)], views_per_image=[len(views)],
+    )  # fmt: skip
+    whole = AssistantForTraining(model)(**arguments)["text_sum"]
+    parts = AssistantForTraining(model, views_at_once=4)(**arguments)["text_sum"]
+    assert seen == [10, 4, 4, 2] and torch.allclose(whole, parts, rtol=1e-5)
+
+
+def test_each_picture_takes_its_own_resolution_in_the_stock_model(assistants):
+    """Views, sizes and token counts of mixed pictures go through the stock class as they are."""
+    model, processor = assistants("2x2+1x2+3x1")
+    tiling = Tiling.from_processor(processor)
+    sizes = [(28, 56), (90, 30), (80, 80)]
+    prepared = [picture_views(picture(*size), tiling, processor.image_processor) for size in sizes]
+    assert [len(views) for views, _ in prepared] == [3, 4, 5]
+    stock = processor.image_processor([picture(*size) for size in sizes], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.model.get_image_features(stock["pixel_values"], image_sizes=stock["image_sizes"]).pooler_output
+        ours = model.model.pack_image_features(
+            model.model.multi_modal_projector(
+                model.model.vision_tower(torch.cat([views for views, _ in prepared])).last_hidden_state
+            ).split([len(views) for views, _ in prepared]),
+            [list(size) for _, size in prepared], "full", model.model.image_newline,
+        )[0]  # fmt: skip
+    for one, other, size in zip(ours, expected, sizes, strict=True):
+        assert len(one) == tiling.num_image_tokens(*size) and torch.allclose(one, other, atol=1e-5)

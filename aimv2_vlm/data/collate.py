@@ -1,6 +1,8 @@
 """Instruction batches: rows with pictures as views or cached features, in micro-batches whose cut changes nothing.
 
-Shapes: B rows, S tokens, K views of all pictures of a batch, N patches of a view, D width.
+The rows of a micro-batch are concatenated (`packing.py`), so no computation is spent on padding.
+
+Shapes: B rows, S tokens of all of them together, K views of all pictures of a batch, N patches of a view, D width.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import torch
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.chat import IGNORED, ChatFormat, RowTooLong, TemplateError
 from aimv2_vlm.data.conversations import ConversationSet
+from aimv2_vlm.data.packing import pack_rows
 from aimv2_vlm.data.tiling import Tiling, picture_views
-from aimv2_vlm.data.transforms import BadImage, decode_image
+from aimv2_vlm.data.transforms import BadImage, decode_image, read_header
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass
@@ -84,32 +87,48 @@ class InstructionDataset:
             num_turns_cut=assembled.num_turns_cut,
         )
 
-    def microbatches(self, indices: Sequence[int], rows_per_microbatch: int) -> list[dict[str, Any]]:
-        """Padded batches (`collate`) of these rows, rows of like length together; a pure function of the rows."""
-        rows = [self.fetch(index) for index in indices]
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
-        cuts = range(0, len(order), rows_per_microbatch)
-        return [self.collate([rows[i] for i in order[cut : cut + rows_per_microbatch]]) for cut in cuts]
+    def length(self, index: int) -> int:
+        """Tokens of the row at `index`, without decoding its pictures; 1 for a row that will be of weight 0.
+
+        For sharing out rows: a picture that turns out otherwise costs balance, nothing else.
+        """
+        conversation = self.conversations[index]
+        try:
+            paths = [self.conversations.picture_path(index, name) for name in conversation.images]
+            counts = [self.tiling.num_image_tokens(*self._size(path)) for path in paths]
+            return len(self.chat.assemble(conversation, counts, self.max_length).ids)
+        except (BadImage, RowTooLong, TemplateError):
+            return 1
+
+    def microbatches(
+        self, indices: Sequence[int], max_rows: int, budget: int | None = None, rank: int = 0, world: int = 1
+    ) -> list[dict[str, Any]]:
+        """The micro-batches (`collate`) of process `rank` in a step of the rows `indices`; the rows of a step are the same for
+        every world. max_rows, budget: most rows and tokens of a micro-batch. A pure function of the rows."""
+        lengths = [self.length(index) for index in indices]
+        plan = pack_rows(lengths, world, budget or max(1, sum(lengths)), max_rows)[rank]
+        return [self.collate([self.fetch(indices[number]) for number in numbers]) for numbers in plan]
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """`AssistantForTraining.forward`'s arguments, padded on the right, and `bad`: the reasons of rows of weight
-        0."""
-        length = max(len(row.input_ids) for row in rows)
-        pad = self.chat.tokenizer.pad_token_id
+        """`AssistantForTraining.forward`'s arguments and `bad`: the reasons of rows of weight 0. Without a row, one pad token
+        from which nothing is learned: the process takes its part in what all do together."""
+        bad = [row.bad for row in rows if row.bad is not None]
+        num_rows = len(rows)
+        rows = rows or [Row([self.chat.tokenizer.pad_token_id], [IGNORED], weight=0.0)]
         pictures = [views for row in rows for views in row.pictures]
         return {
-            "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]),
-            "attention_mask": torch.tensor(
-                [[1] * len(row.input_ids) + [0] * (length - len(row.input_ids)) for row in rows]
-            ),
-            "labels": torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in rows]),
+            "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]]),
+            "labels": torch.tensor([[label for row in rows for label in row.labels]]),
+            "position_ids": torch.cat([torch.arange(len(row.input_ids)) for row in rows])[None],
+            "row_lengths": [len(row.input_ids) for row in rows],
             "weights": torch.tensor([row.weight for row in rows]),
             "features" if self.features is not None else "pixel_values": torch.cat(pictures)
             if pictures
             else self._no_pictures(),
             "image_sizes": [size for row in rows for size in row.image_sizes],
             "views_per_image": [len(views) for views in pictures],
-            "bad": [row.bad for row in rows if row.bad is not None],
+            "num_rows": num_rows,
+            "bad": bad,
         }
 
     def _picture(self, path: str) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
@@ -118,6 +137,14 @@ class InstructionDataset:
             return self.features.get(path)
         return read_views(path, self.tiling, self.image_processor)
 
+    def _size(self, path: str) -> tuple[int, int]:
+        """(height, width) of a picture, or any, where its number of tokens does not depend on it. Raises BadImage."""
+        if self.features is not None:
+            return self.features.size(path)
+        if self.tiling.single or (self.tiling.pad_square and not self.tiling.others):
+            return self.tiling.tile_size, self.tiling.tile_size
+        return read_size(path)
+
     def _no_pictures(self) -> torch.Tensor:
         tile = self.tiling.tile_size
         return torch.zeros(0, 3, tile, tile) if self.features is None else torch.zeros(0, *self.features.view_shape)
@@ -125,6 +152,15 @@ class InstructionDataset:
     def _bad(self, index: int, reason: str) -> Row:
         pad = self.chat.tokenizer.pad_token_id
         return Row([pad], [IGNORED], weight=0.0, bad=f"{self.conversations.where(index)}: {reason}")
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """(height, width) of a picture file from its header, before any rotation that it asks for. Raises BadImage."""
+    try:
+        header = read_header(Path(path).read_bytes())
+    except (OSError, ValueError, BadImage) as error:
+        raise BadImage(f"{path}: {error}") from None
+    return header.height, header.width
 
 
 def read_views(path: str, tiling: Tiling, image_processor) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
@@ -161,8 +197,7 @@ class FeatureCache:
         self.digest: str = about["digest"]
         self.view_shape = tuple(about["view_shape"])  # (N, D)
         self._entries = {entry["path"]: entry for entry in about["pictures"]}
-        self._num_views = about["num_views"]
-        shape = (about["num_stored"], self._num_views, *self.view_shape)
+        shape = (about["num_stored"], *self.view_shape)
         self._features = np.memmap(self.directory / "features.bin", np.float32, "r", shape=shape) if shape[0] else None
 
     @classmethod
@@ -197,16 +232,24 @@ class FeatureCache:
 
     @staticmethod
     def num_bytes(conversations: ConversationSet, tiling: Tiling, hidden_size: int) -> int:
-        """Size of `features.bin` for these conversations, before it is made."""
+        """Size of `features.bin` for these conversations, before it is made; the most where view counts differ."""
         return len(distinct_pictures(conversations)) * tiling.num_views * tiling.patches_per_view * hidden_size * 4
+
+    def size(self, path: str) -> tuple[int, int]:
+        """The picture's own (height, width). Raises BadImage."""
+        entry = self._entries[path]
+        if entry["bad"] is not None:
+            raise BadImage(entry["bad"])
+        return tuple(entry["size"])
 
     def get(self, path: str) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
         """Features (views, N, D), the picture's (height, width) and its processed one. Raises BadImage."""
         entry = self._entries[path]
         if entry["bad"] is not None:
             raise BadImage(entry["bad"])
+        start, num_views = entry["place"]
         return (
-            torch.from_numpy(np.array(self._features[entry["place"]])),
+            torch.from_numpy(np.array(self._features[start : start + num_views])),
             tuple(entry["size"]),
             tuple(entry["processed"]),
         )
@@ -267,23 +310,24 @@ def _build(
                 for path in paths[start : start + pictures_per_batch]:
                     entry = {
                         "path": path,
-                        "place": num_stored + len(views),
+                        "place": None,  # first view and number of views
                         "size": None,
                         "processed": None,
                         "bad": None,
                     }
                     try:
                         pixels, entry["size"], entry["processed"] = read_views(path, tiling, image_processor)
+                        entry["place"] = [num_stored, len(pixels)]
+                        num_stored += len(pixels)
                         views.append(pixels)
                     except BadImage as error:
-                        entry["bad"], entry["place"] = str(error), None
+                        entry["bad"] = str(error)
                     entries.append(entry)
                 if views:
                     with torch.no_grad():
                         features_KND = encode(torch.cat(views)).float().cpu().contiguous()
                     view_shape = tuple(features_KND.shape[1:])
                     file.write(features_KND.numpy().tobytes())
-                    num_stored += len(views)
                 if progress is not None:
                     progress(min(start + pictures_per_batch, len(paths)), len(paths))
             file.flush()
@@ -298,7 +342,6 @@ def _build(
     about = {
         "digest": digest,
         "num_stored": num_stored,
-        "num_views": tiling.num_views,
         "view_shape": list(view_shape),
         "pictures": entries,
     }

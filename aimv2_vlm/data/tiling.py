@@ -1,21 +1,27 @@
 """How a picture becomes views (crops of the encoder's size) and how many tokens it costs. One place for both facts.
 
-A checkpoint has one grid. 1x1 is `Llava`: the picture padded to a square and resized. R x C is `LlavaNext` with the
-single resolution (R * tile, C * tile): an overview first, then the tiles in raster order, one newline vector behind
-each token row. LlavaNext itself squashes the overview, pads the tiles black and removes padded features;
-`pad_square` pads the picture with the mean colour *before* it, as the paper does, so that nothing is squashed or
-removed (paper 5.1, Figure 5).
+1x1 is `Llava`: the picture padded to a square and resized. R x C is `LlavaNext` with the single resolution
+(R * tile, C * tile): an overview first, then the tiles in raster order, one newline vector behind each token row.
+R x C + R x C + … gives LlavaNext several resolutions; each picture takes the one that shows most of it (anyres).
+LlavaNext itself squashes the overview, pads the tiles black and removes padded features; `pad_square` pads the
+picture with the mean colour *before* it, as the paper does, so that nothing is squashed or removed (paper 5.1,
+Figure 5).
 
 `pad_square` on one view is a setting of the stock processor. With tiles stock transformers has no such setting: the
 pixels equal the stock processor's on square pictures, and whoever uses a tiled checkpoint without this package pads
-other pictures first (`prepare_picture` shows how: three lines). `pad_square: false` is stock for every picture.
+other pictures first (`prepare_picture` shows how). `pad_square: false` is stock for every picture.
+
+`picture_views` gives the stock processor's own numbers without calling it. Its time goes into unpacking and packing
+colour planes around torch's uint8 resize, which is up to three times as fast on interleaved colours (as decoders give
+them), and into passes over fp32 copies of all views. Here colours stay interleaved to the end (the views' memory format
+is torch.channels_last), and fp32 comes last.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from aimv2_vlm.config import UserError
 
@@ -42,6 +48,8 @@ class Tiling:
     pad_square: pad to a square with the processor's mean colour first.
     source_size: reduce the picture until its longer side has this many pixels before anything else is done with it
     (never enlarges); the control arm "upsampled", which has a tiled picture's tokens without its new pixels.
+    others: further grids (anyres). Each picture takes one of `grid` and these, and what depends on it is asked of
+    `at(height, width)`; after pad_square all pictures are squares, so that only their size decides.
     """
 
     grid: tuple[int, int] = (1, 1)
@@ -49,11 +57,15 @@ class Tiling:
     patch_size: int = 14
     pad_square: bool = True
     source_size: int | None = None
+    others: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        rows, columns = self.grid
-        if rows < 1 or columns < 1:
-            raise UserError(f"tiling {rows}x{columns}: rows and columns start at 1")
+        if any(rows < 1 or columns < 1 for rows, columns in self.grids):
+            raise UserError(f"tiling {self}: rows and columns start at 1")
+        if len(set(self.grids)) < len(self.grids):
+            raise UserError(f"tiling {self}: names a grid twice")
+        if self.others and (1, 1) in self.grids:
+            raise UserError(f"tiling {self}: 1x1 stands alone (a Llava); leave it out of a choice of grids")
         if self.tile_size % self.patch_size:
             raise UserError(f"tiling: tile size {self.tile_size} is no multiple of the patch size {self.patch_size}")
         if self.source_size is not None and self.source_size < 1:
@@ -63,11 +75,14 @@ class Tiling:
     def parse(
         cls, text: str, *, tile_size: int, patch_size: int = 14, pad_square: bool = True, source_size: int | None = None
     ) -> Tiling:
-        """From the recipe's "RxC". Raises UserError."""
-        match = re.fullmatch(r"(\d+)x(\d+)", text)
-        if not match:
-            raise UserError(f"tiling {text!r}: write ROWSxCOLUMNS, such as 1x1, 2x2 or 3x3")
-        return cls((int(match[1]), int(match[2])), tile_size, patch_size, pad_square, source_size)
+        """From the recipe's "RxC", or "RxC+RxC" for a choice per picture. Raises UserError."""
+        matches = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split("+")]
+        if not all(matches):
+            raise UserError(
+                f"tiling {text!r}: write ROWSxCOLUMNS, such as 1x1, 2x2 or 3x3, or several as in 2x2+1x2+2x1"
+            )
+        grid, *others = [(int(match[1]), int(match[2])) for match in matches]
+        return cls(grid, tile_size, patch_size, pad_square, source_size, tuple(others))
 
     @classmethod
     def from_processor(cls, processor, source_size: int | None = None) -> Tiling:
@@ -77,13 +92,27 @@ class Tiling:
         tile_size = images.size["height"]
         if pinpoints is None:
             return cls((1, 1), tile_size, processor.patch_size, bool(images.do_pad), source_size)
-        if len(pinpoints) != 1:
-            raise UserError(f"processor: {len(pinpoints)} resolutions in image_grid_pinpoints, one is supported")
-        grid = (pinpoints[0][0] // tile_size, pinpoints[0][1] // tile_size)
-        return cls(grid, tile_size, processor.patch_size, bool(getattr(images, "pad_square", False)), source_size)
+        if not pinpoints or any(side % tile_size for resolution in pinpoints for side in resolution):
+            raise UserError(f"processor: image_grid_pinpoints {pinpoints} are not made of tiles of {tile_size} px")
+        grid, *others = [(height // tile_size, width // tile_size) for height, width in pinpoints]
+        pad_square = bool(getattr(images, "pad_square", False))
+        return cls(grid, tile_size, processor.patch_size, pad_square, source_size, tuple(others))
 
     def __str__(self) -> str:
-        return f"{self.grid[0]}x{self.grid[1]}"
+        return "+".join(f"{rows}x{columns}" for rows, columns in self.grids)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return (self.grid, *self.others)
+
+    def at(self, height: int, width: int) -> Tiling:
+        """The tiling of one grid that a picture of this size (as the user has it) gets, by LlavaNext's own choice."""
+        if not self.others:
+            return self
+        from transformers.image_processing_utils import select_best_resolution
+
+        chosen = select_best_resolution(self.processed_size(height, width), self.pinpoints)
+        return replace(self, grid=(chosen[0] // self.tile_size, chosen[1] // self.tile_size), others=())
 
     @property
     def single(self) -> bool:
@@ -92,7 +121,8 @@ class Tiling:
 
     @property
     def num_views(self) -> int:
-        return 1 if self.single else 1 + self.grid[0] * self.grid[1]
+        """Views of one picture; of the largest grid where pictures differ (`at` tells each one's)."""
+        return 1 if self.single else 1 + max(rows * columns for rows, columns in self.grids)
 
     @property
     def patches_per_side(self) -> int:
@@ -103,9 +133,17 @@ class Tiling:
         return self.patches_per_side**2
 
     @property
-    def resolution(self) -> tuple[int, int]:
-        """(height, width) in pixels that the tiles cover together."""
-        return self.grid[0] * self.tile_size, self.grid[1] * self.tile_size
+    def max_image_tokens(self) -> int:
+        """Tokens of a picture that loses none to padding; of the largest grid where pictures differ."""
+        side = self.patches_per_side
+        tiles = max(rows * side * columns * side + rows * side for rows, columns in self.grids)
+        return self.patches_per_view + (0 if self.single else tiles)
+
+    @property
+    def pinpoints(self) -> list[list[int]] | None:
+        """LlavaNext's `image_grid_pinpoints`: (height, width) in pixels that the tiles cover together. Llava: None."""
+        tile = self.tile_size
+        return None if self.single else [[rows * tile, columns * tile] for rows, columns in self.grids]
 
     def processed_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the picture after `prepare_picture`: what LlavaNext calls the image's size."""
@@ -120,12 +158,13 @@ class Tiling:
         """Tokens that a picture of this size (as the user has it) takes in the language model."""
         if self.single:
             return self.patches_per_view
-        rows, columns = self._kept_patches(*self.processed_size(height, width))
+        rows, columns = self.at(height, width)._kept_patches(*self.processed_size(height, width))
         return self.patches_per_view + rows * columns + rows
 
     def shows_something(self, height: int, width: int) -> bool:
         """False where LlavaNext removes every token of the tiles (aspect beyond 48:1 at 2x2 of 336)."""
-        return self.single or min(self._kept_patches(*self.processed_size(height, width))) > 0
+        processed = self.processed_size(height, width)
+        return self.single or min(self.at(height, width)._kept_patches(*processed)) > 0
 
     def views(self, height: int, width: int) -> list[View]:
         """Where each view lies in the user's picture; in the order in which the encoder sees them."""
@@ -141,7 +180,8 @@ class Tiling:
             padded_height, padded_width = height, width
         if self.single:
             return [overview]
-        target_height, target_width = self.resolution
+        rows, columns = self.at(height, width).grid
+        target_height, target_width = rows * self.tile_size, columns * self.tile_size
         scale = min(target_height / padded_height, target_width / padded_width)
         pad_y = (target_height - padded_height * scale) / 2
         pad_x = (target_width - padded_width * scale) / 2
@@ -155,7 +195,6 @@ class Tiling:
                 (y0 + self.tile_size) / scale - top,
             )
 
-        rows, columns = self.grid
         return [overview] + [View(f"{r},{c}", box(r, c)) for r in range(rows) for c in range(columns)]
 
     @property
@@ -185,7 +224,7 @@ def image_processor(tiling: Tiling, image_mean: list[float], image_std: list[flo
     )
     if tiling.single:
         return LlavaImageProcessor(do_pad=tiling.pad_square, **common)
-    processor = LlavaNextImageProcessor(image_grid_pinpoints=[list(tiling.resolution)], **common)
+    processor = LlavaNextImageProcessor(image_grid_pinpoints=tiling.pinpoints, **common)
     processor.pad_square = tiling.pad_square  # stock classes carry it along unread; `Tiling.from_processor` reads it
     return processor
 
@@ -195,22 +234,135 @@ def prepare_picture(picture_CHW: torch.Tensor, tiling: Tiling, image_mean: list[
 
     Square padding centres the picture on the mean colour, rounded down, as LlavaImageProcessor does.
     """
-    from torchvision.transforms.v2 import functional as tvF
+    if tiling._pads_here:
+        picture_CHW = _padded_to_square(picture_CHW, image_mean)
+    return _resized(picture_CHW, tiling.processed_size(*picture_CHW.shape[-2:]))
 
-    height, width = picture_CHW.shape[-2:]
-    if tiling._pads_here and height != width:
-        side = max(height, width)
-        left, top = (side - width) // 2, (side - height) // 2
-        padding = [left, top, side - width - left, side - height - top]
-        picture_CHW = tvF.pad(picture_CHW, padding, fill=[int(255 * mean) for mean in image_mean])
-    size = tiling.processed_size(height, width)
-    if size != tuple(picture_CHW.shape[-2:]):
-        picture_CHW = tvF.resize(picture_CHW, list(size), interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
-    return picture_CHW
+
+def cut_views(
+    picture_CHW: torch.Tensor, tiling: Tiling, image_mean: list[float]
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Views (K, 3, tile, tile) of one picture, uint8 as it is, and its processed (height, width).
+
+    `transforms.normalize` of them, on whatever device, is within 1e-6 of what the stock image processor gives.
+    """
+    import torch
+
+    crops, size = _crops(picture_CHW, tiling, image_mean)
+    views_KHWC = torch.empty(len(crops), tiling.tile_size, tiling.tile_size, 3, dtype=torch.uint8)
+    for crop, view_HWC in zip(crops, views_KHWC, strict=True):
+        crop.paste_into(view_HWC)
+    return views_KHWC.permute(0, 3, 1, 2), size
 
 
 def picture_views(picture_CHW: torch.Tensor, tiling: Tiling, image_processor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Pixels (K, 3, tile, tile) of one picture and its processed (height, width), from the stock image processor."""
-    picture_CHW = prepare_picture(picture_CHW, tiling, image_processor.image_mean)
-    pixels = image_processor(picture_CHW, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-    return (pixels if tiling.single else pixels[0]), tuple(picture_CHW.shape[-2:])
+    """Pixels (K, 3, tile, tile), normalised fp32, of one picture (uint8, RGB) and its processed (height, width).
+
+    They are the stock image processor's for the picture that `prepare_picture` gives. A processor with other settings
+    than `image_processor` makes is asked itself.
+    """
+    import torch
+
+    if not _is_plain(image_processor, tiling):
+        picture_CHW = prepare_picture(picture_CHW, tiling, image_processor.image_mean)
+        pixels = image_processor(picture_CHW, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+        return (pixels if tiling.single else pixels[0]), tuple(picture_CHW.shape[-2:])
+    # The stock processor's own arithmetic, so that every bit agrees; view by view, so that they stay in the CPU's
+    # cache, and on whole lines, because three colours are too short an axis to be computed fast.
+    tile, scale = tiling.tile_size, 1.0 / image_processor.rescale_factor
+    mean_line, std_line = (
+        (torch.tensor(value) * scale).repeat(tile) for value in (image_processor.image_mean, image_processor.image_std)
+    )
+    crops, size = _crops(picture_CHW, tiling, image_processor.image_mean)
+    pixels_KHWC = torch.empty(len(crops), tile, tile, 3)
+    for crop, view_HWC in zip(crops, pixels_KHWC, strict=True):
+        crop.paste_into(view_HWC)
+        view_HWC.flatten(1).sub_(mean_line).div_(std_line)
+    return pixels_KHWC.permute(0, 3, 1, 2), size
+
+
+class _Crop(NamedTuple):
+    """Part of a resized picture (H, W, 3) and where it begins in its view, the rest of which is black."""
+
+    pixels_HWC: torch.Tensor
+    top: int = 0
+    left: int = 0
+
+    def paste_into(self, view_HWC: torch.Tensor) -> None:
+        height, width = self.pixels_HWC.shape[:2]
+        if (height, width) != tuple(view_HWC.shape[:2]):
+            view_HWC.zero_()
+        view_HWC[self.top : self.top + height, self.left : self.left + width] = self.pixels_HWC
+
+
+def _crops(picture_CHW: torch.Tensor, tiling: Tiling, image_mean: list[float]) -> tuple[list[_Crop], tuple[int, int]]:
+    """What each view shows, uint8, in the order in which the encoder sees them; the processed (height, width)."""
+    from transformers.image_processing_utils import get_patch_output_size
+    from transformers.image_utils import ChannelDimension
+
+    tiling, tile = tiling.at(*picture_CHW.shape[-2:]), tiling.tile_size
+    picture_CHW = prepare_picture(picture_CHW, tiling, image_mean)
+    picture_CHW = picture_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # colours interleaved
+    shown_CHW = _padded_to_square(picture_CHW, image_mean) if tiling.single and tiling.pad_square else picture_CHW
+    crops = [_Crop(_resized(shown_CHW, (tile, tile)).permute(1, 2, 0))]
+    if not tiling.single:
+        rows, columns = tiling.grid
+        target = (rows * tile, columns * tile)
+        height, width = get_patch_output_size(picture_CHW, target, ChannelDimension.FIRST)
+        resized_HWC = _resized(picture_CHW, (height, width)).permute(1, 2, 0)
+        vertical = _spans(height, (target[0] - height) // 2, rows, tile)
+        horizontal = _spans(width, (target[1] - width) // 2, columns, tile)
+        crops += [_Crop(resized_HWC[y, x], top, left) for y, top in vertical for x, left in horizontal]
+    return crops, tuple(picture_CHW.shape[-2:])
+
+
+def _spans(length: int, offset: int, count: int, tile: int) -> list[tuple[slice, int]]:
+    """For `count` tiles in a row, over which something of `length` pixels lies from `offset` on: its part that a tile
+    shows, and where in the tile that begins."""
+    starts = [number * tile - offset for number in range(count)]
+    return [(slice(max(0, start), max(0, min(length, start + tile))), max(0, min(tile, -start))) for start in starts]
+
+
+def _is_plain(image_processor, tiling: Tiling) -> bool:
+    """Whether this image processor does what the one that `image_processor` makes for the tiling does."""
+    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
+    from transformers.image_utils import PILImageResampling
+
+    images, side = image_processor, tiling.tile_size
+    if tiling.single:
+        same = type(images) is LlavaImageProcessor and bool(images.do_pad) == tiling.pad_square
+    else:
+        same = type(images) is LlavaNextImageProcessor and [*map(list, images.image_grid_pinpoints)] == tiling.pinpoints
+    return (
+        same
+        and (images.size.height, images.size.width, images.crop_size.height) == (side, side, side)
+        and images.do_resize and images.do_rescale and images.do_normalize and not images.do_center_crop
+        and images.resample == PILImageResampling.BICUBIC
+    )  # fmt: skip
+
+
+def _resized(picture_CHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """As stock processors resize: bicubic, antialiased; in torch's uint8 arithmetic where the CPU has it."""
+    from torchvision.transforms.v2 import functional as tvF
+
+    if tuple(picture_CHW.shape[-2:]) == tuple(size):
+        return picture_CHW
+    return tvF.resize(picture_CHW, list(size), interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def _padded_to_square(picture_CHW: torch.Tensor, image_mean: list[float]) -> torch.Tensor:
+    """In the middle of a square of the mean colour, rounded to the upper left; a view of (side, side, 3) memory."""
+    import torch
+
+    height, width = picture_CHW.shape[-2:]
+    if height == width:
+        return picture_CHW
+    side = max(height, width)
+    top, left = (side - height) // 2, 3 * ((side - width) // 2)
+    bottom, right = top + height, left + 3 * width
+    line = torch.tensor([int(255 * mean) for mean in image_mean], dtype=torch.uint8).repeat(side)
+    lines = torch.empty(side, 3 * side, dtype=torch.uint8)
+    lines[:top], lines[bottom:] = line, line
+    lines[top:bottom, :left], lines[top:bottom, right:] = line[:left], line[right:]
+    lines[top:bottom, left:right] = picture_CHW.permute(1, 2, 0).reshape(height, 3 * width)
+    return lines.view(side, side, 3).permute(2, 0, 1)

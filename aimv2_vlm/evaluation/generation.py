@@ -136,8 +136,8 @@ def set_tiling(model: Any, processor: Any, tiling: str) -> None:
     other = Tiling.parse(tiling, tile_size=vision.image_size, patch_size=vision.patch_size)
     if other.single:
         raise UserError("tiling: 1x1 needs a Llava checkpoint; this one is LlavaNext and adds an overview to its tiles")
-    model.config.image_grid_pinpoints = [list(other.resolution)]
-    processor.image_processor.image_grid_pinpoints = [list(other.resolution)]
+    model.config.image_grid_pinpoints = other.pinpoints
+    processor.image_processor.image_grid_pinpoints = other.pinpoints
 
 
 def _first_line(error: BaseException) -> str:
@@ -343,8 +343,14 @@ class Generator:
 
     @torch.inference_mode()
     def _generate_ids(
-        self, batch: list[int], ids: dict[int, list[int]], features: dict[int, list[torch.Tensor]], max_new_tokens: int
+        self,
+        batch: list[int],
+        ids: dict[int, list[int]],
+        features: dict[int, list[torch.Tensor]],
+        max_new_tokens: int,
+        **more: Any,
     ) -> list[str]:
+        """Answers to questions by number; `more` goes to the model's `generate` (streamer, stopping_criteria)."""
         length = max(len(ids[i]) for i in batch)
         input_ids_BS = torch.full((len(batch), length), self.pad_id)
         can_attend_BS = torch.zeros_like(input_ids_BS)
@@ -358,7 +364,7 @@ class Generator:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=parts)}
-        return self._decode(self._generate(inputs, max_new_tokens)[:, length:])
+        return self._decode(self._generate(inputs, max_new_tokens, **more)[:, length:])
 
     def _answer_plain(
         self, asked: dict[int, Question], max_new_tokens: int, on_progress: Callable[[int], None] | None
@@ -406,10 +412,11 @@ class Generator:
                     self.tokens_seen[asked[i].pictures[0].key] = num
         return self._decode(self._generate(dict(inputs), max_new_tokens)[:, length:])
 
-    def _generate(self, inputs: dict[str, Any], max_new_tokens: int) -> torch.Tensor:
+    def _generate(self, inputs: dict[str, Any], max_new_tokens: int, **more: Any) -> torch.Tensor:
         # Sampling settings that a checkpoint brings along would only raise warnings: greedy uses none of them.
         return self.model.generate(
             **inputs,
+            **more,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -49,7 +49,8 @@ def build_assistant(
     llm: a causal language model, its path or name; None makes a Llama from `llm_config` (LlamaConfig's keys; sizes of
     the vocabulary and special ids come from the tokenizer), drawn from torch's global generator.
     tokenizer: fast tokenizer or its path; default: the llm's own. template: llama3 | vicuna | plain | own.
-    tiling: "RxC", or a Tiling for more. image_mean, image_std: default: those of the encoder's checkpoint.
+    tiling: "RxC" or "RxC+RxC" (a choice), or a Tiling for more. image_mean, image_std: default: those of the
+    encoder's checkpoint.
     Raises UserError.
     """
     from transformers import GenerationConfig
@@ -89,8 +90,7 @@ def build_assistant(
     )
     llm = _open_llm(llm, llm_config, tokenizer, attention, dtype)
     _grow_embeddings(llm, len(tokenizer))
-    pinpoints = None if tiling.single else [list(tiling.resolution)]
-    model = _join(encoder.to(dtype), llm, pinpoints, format_.image_token_id, tiling.patches_per_view)
+    model = _join(encoder.to(dtype), llm, tiling.pinpoints, format_.image_token_id, tiling.patches_per_view)
     model.generation_config = GenerationConfig(
         eos_token_id=format_.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
@@ -143,58 +143,156 @@ def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | 
 class AssistantForTraining(nn.Module):
     """The stock assistant with the loss of the paper's tuning as (sum, count) over supervised tokens.
 
-    Everything with parameters runs inside a module's own forward, so that wrappers which gather parameters there
-    (DDP, FSDP, ZeRO-3) work; a batch without any picture sends an empty one through, so that no rank misses a
-    collective.
+    Rows lie behind each other in one sequence and see only themselves. Everything with parameters runs inside a
+    module's own forward, so that wrappers which gather parameters there (DDP, FSDP, ZeRO-3) work; a batch without any
+    picture sends an empty one through, so that no rank misses a collective.
     """
 
-    def __init__(self, assistant: nn.Module) -> None:
+    def __init__(self, assistant: nn.Module, views_at_once: int | None = None) -> None:
+        """views_at_once: most views of one pass of the encoder (None: all of a micro-batch)."""
         super().__init__()
-        self.assistant = assistant
+        self.assistant, self.views_at_once = assistant, views_at_once
+        self._places: torch.Tensor | None = None  # during a forward pass: where the last block's outputs are read
+        layers = getattr(assistant.model.language_model, "layers", None)
+        for part in (layers[-1].mlp, layers[-1].self_attn.o_proj) if layers and hasattr(layers[-1], "mlp") else ():
+            part.register_forward_pre_hook(self._pick)
+            part.register_forward_hook(self._put_back)
+
+    def _pick(self, part: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """The last block works token by token once its keys and values are there: only what is read is computed."""
+        return None if self._places is None else (arguments[0][:, self._places], *arguments[1:])
+
+    def _put_back(self, part: nn.Module, arguments: tuple[torch.Tensor, ...], out_1RD: torch.Tensor) -> torch.Tensor | None:
+        if self._places is None:
+            return None
+        return out_1RD.new_zeros(1, self._length, out_1RD.shape[-1]).index_copy(1, self._places, out_1RD)
 
     def train(self, mode: bool = True) -> AssistantForTraining:
         super().train(mode)
         encoder = self.assistant.model.vision_tower
         encoder.train(mode and any(p.requires_grad for p in encoder.parameters()))
+        see_rows_apart(self.assistant, mode)
         return self
 
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
         labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        row_lengths: list[int],
         weights: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         image_sizes: list[list[int]] | None = None,
         views_per_image: list[int] | None = None,
+        places: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """{"text_sum", "text_count"}: cross-entropy over supervised tokens and their number.
 
-        input_ids, attention_mask, labels (B, S), labels aligned with the ids, IGNORED where nothing is learned;
-        weights (B): rows of weight 0 count nothing. Pictures in order of their placeholders: pixel_values (K, C, H,
-        W), or features (K, N, D) as `encode_views` gives them; image_sizes I x (height, width), views_per_image I
-        (both for tiles only).
+        input_ids, labels (1, S) of B rows behind each other, labels aligned with the ids, IGNORED where nothing is
+        learned; position_ids (1, S) begin anew with each row; row_lengths (B) on the host; weights (B): rows of weight
+        0 count nothing. Pictures in order of their placeholders: pixel_values (K, C, H, W), or features (K, N, D) as
+        `encode_views` gives them; image_sizes I x (height, width), views_per_image I (both for tiles only). places:
+        what `supervised_places` finds, where the host already knows it.
         """
+        if places is None:
+            places = supervised_places(labels, row_lengths, weights).to(labels.device)
         if features is None:
-            features = encode_views(self.assistant, self._views(pixel_values))
+            features = encode_views(self.assistant, self._views(pixel_values), self.views_at_once)
         pictures = _ProjectedPictures(self.assistant.model, features, pixel_values, image_sizes, views_per_image)
-        hidden_BSD = self.assistant.model(
-            input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs={"image": pictures}, use_cache=False
-        ).last_hidden_state
-        targets_BS = labels[:, 1:]
-        supervised_BS = targets_BS != IGNORED
-        if weights is not None:
-            supervised_BS = supervised_BS & (weights > 0)[:, None]
-        logits = self.assistant.lm_head(hidden_BSD[:, :-1][supervised_BS])  # the vocabulary only where it is needed
-        text_sum = F.cross_entropy(logits.float(), targets_BS[supervised_BS], reduction="sum")
-        return {"text_sum": text_sum, "text_count": supervised_BS.sum()}
+        self._places, self._length = places, input_ids.shape[1]
+        try:
+            hidden_1SD = self.assistant.model(
+                input_ids=input_ids, position_ids=position_ids, mm_encoder_outputs={"image": pictures}, use_cache=False,
+                row_lengths=tuple(row_lengths),
+            ).last_hidden_state  # fmt: skip
+        finally:
+            self._places = None
+        text_sum = cross_entropy_sum(self.assistant.lm_head, hidden_1SD[0, places], labels[0, places + 1])
+        return {"text_sum": text_sum, "text_count": torch.full((), len(places), device=labels.device)}
 
     def _views(self, pixels_KCHW: torch.Tensor | None) -> torch.Tensor:
         if pixels_KCHW is not None and len(pixels_KCHW):
             return pixels_KCHW
         config, weight = self.assistant.config.vision_config, next(self.assistant.model.vision_tower.parameters())
         return weight.new_zeros(1, config.num_channels, config.image_size, config.image_size)
+
+
+def supervised_places(labels_1S: torch.Tensor, row_lengths: list[int], weights_B: torch.Tensor | None = None) -> torch.Tensor:
+    """Places whose next token is to be learned, int64 (R,) on the host, rows of weight 0 left out."""
+    supervised_S = labels_1S[0].cpu() != IGNORED  # the first token of a row never is
+    if weights_B is not None:
+        supervised_S = supervised_S & (weights_B.cpu() > 0).repeat_interleave(torch.tensor(row_lengths))
+    return supervised_S[1:].nonzero()[:, 0]
+
+
+def cross_entropy_sum(head: nn.Module, hidden_RD: torch.Tensor, targets_R: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
+    """Sum of the cross-entropy of R tokens. Logits of at most `chunk` of them exist at a time, also in the backward pass."""
+    if len(targets_R) <= chunk:
+        return _cross_entropy(head, hidden_RD, targets_R)
+    from torch.utils.checkpoint import checkpoint
+
+    parts = zip(hidden_RD.split(chunk), targets_R.split(chunk), strict=True)
+    return torch.stack([checkpoint(_cross_entropy, head, h, t, use_reentrant=False) for h, t in parts]).sum()
+
+
+def _cross_entropy(head: nn.Module, hidden_RD: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden_RD).float(), targets_R, reduction="sum")
+
+
+ROWS_APART = "aimv2_vlm_rows_apart"  # name of the attention below in transformers' registry
+
+
+def see_rows_apart(assistant: nn.Module, on: bool) -> None:
+    """Switch the decoder between stock sdpa and `rows_apart`, which computes no product between rows of one sequence.
+
+    Decoders under another implementation find the rows by `position_ids` themselves.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ROWS_APART, rows_apart)
+    config = assistant.config.text_config
+    if config._attn_implementation == ("sdpa" if on else ROWS_APART):
+        config._attn_implementation = ROWS_APART if on else "sdpa"
+
+
+def rows_apart(
+    module: nn.Module, query_BHSD: torch.Tensor, key_BHSD: torch.Tensor, value_BHSD: torch.Tensor, attention_mask: Any = None,
+    scaling: float | None = None, dropout: float = 0.0, row_lengths: tuple[int, ...] | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention within each of the rows that lie behind each other in a sequence, as transformers calls it."""
+    lengths = list(row_lengths or (query_BHSD.shape[2],))
+    grouped = query_BHSD.shape[1] != key_BHSD.shape[1]
+    rows = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query_BHSD, key_BHSD, value_BHSD)), strict=True)
+    ]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)).transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def check_rows_apart(model: AssistantForTraining, num_tokens: int = 6) -> None:
+    """Raises UserError where the decoder sees over the border between two rows of one sequence."""
+    was_training = model.training
+    model.train()
+    try:
+        vocab = _assistant(model).config.text_config.vocab_size
+        device = next(model.parameters()).device
+        language_model = _assistant(model).model.language_model
+
+        def hidden(*rows: list[int]) -> torch.Tensor:
+            lengths = tuple(map(len, rows))
+            ids = torch.tensor([[token for row in rows for token in row]], device=device)
+            positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+            return language_model(input_ids=ids, position_ids=positions, use_cache=False, row_lengths=lengths).last_hidden_state[0].float()
+
+        first, second = ([(7 * i + start) % vocab for i in range(num_tokens)] for start in (11, 23))
+        alone, behind = hidden(second), hidden(first, second)[num_tokens:]
+        tolerance = 1e-3 if alone.dtype == next(model.parameters()).dtype else 5e-2  # bf16 weights round more
+        if (alone - behind).abs().max() > tolerance * alone.abs().max():
+            raise UserError(f"llm: {type(language_model).__name__} sees the row before when rows are concatenated; set optim.micro_batch_size=1")
+    finally:
+        model.train(was_training)
 
 
 class _ProjectedPictures:

@@ -5,7 +5,8 @@ names runs through `apple_outputs`, a plain forward that reads those names itsel
 the side under transformers' names runs through the stock classes, opened from the disk as anyone would open them. Both
 get the same random input in float32. What differs by more than `TOLERANCE` is not written.
 
-A further target (LLaVA, say) is one more entry of `TARGETS`, a writer in `_convert_into` and its outputs in `prove`.
+A further target is one more entry of `TARGETS`, a writer in `_convert_into` and its outputs in `prove`. Assistants, to
+LLaVA's layout and back, are `llava_format`'s.
 
 Shapes: B batch, C channels, H, W picture, N image patches, T text tokens, S sequence, D width, A heads, K width of one
 head, E projection, V vocabulary, P values in one patch.
@@ -21,6 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ ENCODER, TWO_TOWER, PRETRAINING = "encoder", "two towers", "encoder, decoder and
 CONTENT = {"apple_encoder": ENCODER, "transformers_encoder": ENCODER, "apple_two_tower": TWO_TOWER,
            "transformers_two_tower": TWO_TOWER, "apple_trainer": PRETRAINING}  # fmt: skip
 TARGETS = {"transformers": (ENCODER, TWO_TOWER, PRETRAINING), "apple_encoder": (ENCODER, TWO_TOWER, PRETRAINING),
-           "apple_two_tower": (TWO_TOWER,), "apple_trainer": (PRETRAINING,)}  # fmt: skip
+           "apple_two_tower": (TWO_TOWER,), "apple_trainer": (PRETRAINING,), "llava": ()}  # fmt: skip
 # Belongs to the checkpoint and is copied as it is. Mean and deviation of pictures stand in the first two.
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -91,20 +93,28 @@ def convert(
 
     `source`: folder, .safetensors file or name on the model hub, in any layout of `checkpoints`, or `final/` of a run.
     `to`: "transformers" (a folder that plain `AutoModel` opens; decoder and heads beside it in `pretraining/`), or
-    Apple's key names: "apple_encoder" (of any source: the encoder alone), "apple_two_tower", "apple_trainer".
+    Apple's key names: "apple_encoder" (of any source: the encoder alone), "apple_two_tower", "apple_trainer". An assistant
+    goes to LLaVA's layout with "llava", and one in LLaVA's layout comes back with "transformers".
     `versions` go into the receipt; `sync` makes a folder durable before it gets its name.
 
     The folder appears when it is complete and proved, or not at all. Raises `UserError` for a source that is missing,
     unknown, incomplete or of other shapes, a destination that is in use, and a result that does not compute the same.
     """
+    from aimv2_vlm.models import llava_format  # which needs this module
+
     destination = Path(destination)
     if to not in TARGETS:
         raise UserError(f"--to: {to!r} is unknown; choose {', '.join(TARGETS)}")
     if destination.is_symlink() or (destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))):
         raise UserError(f"{destination}: exists already; nothing is overwritten: name a new folder")
-    found = read_source(locate(source, (*PICTURE_FILES, *TEXT_FILES, f"{FOLDER}/*")), encoder_only=to == "apple_encoder")
-    if found.content not in TARGETS[to]:
-        raise UserError(f"{found.path}: holds {found.content} (layout {found.layout.name}), of which {to} cannot be made")
+    path = locate(source, (*PICTURE_FILES, *TEXT_FILES, f"{FOLDER}/*", *llava_format.FILES))
+    if assistant := llava_format.assistant_layout(path):
+        write = partial(llava_format.convert_into, path=path, layout=assistant, to=to, versions=versions or {})
+    else:
+        found = read_source(path, encoder_only=to == "apple_encoder")
+        if found.content not in TARGETS[to]:
+            raise UserError(f"{found.path}: holds {found.content} (layout {found.layout.name}), of which {to} cannot be made")
+        write = partial(_convert_into, source=found, to=to, versions=versions or {})
 
     temporary = destination.absolute().with_name(f".{destination.absolute().name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed conversion left
@@ -113,7 +123,7 @@ def convert(
     except OSError as error:
         raise UserError(f"{destination}: cannot be made ({error.strerror}); name another folder") from error
     try:
-        receipt = _convert_into(temporary, found, to, versions or {})
+        receipt = write(temporary)
         (temporary / RECEIPT).write_text(json.dumps(receipt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         sync(temporary)
         os.replace(temporary, destination)
@@ -124,7 +134,7 @@ def convert(
 
 def _convert_into(folder: Path, source: Source, to: str, versions: dict[str, str]) -> dict[str, Any]:
     """Write, prove, account."""
-    with _without_progress_bars():
+    with without_progress_bars():
         model = assemble(source)
         probe = Probe.of(model)
         write = _write_transformers if to == "transformers" else _write_apple
@@ -142,8 +152,8 @@ def _convert_into(folder: Path, source: Source, to: str, versions: dict[str, str
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "source": {"path": str(source.path), "layout": source.layout.name, "content": source.content,
-                   "files": {str(path.relative_to(source.folder)): _sha256(path) for path in source.read}},
-        "target": {"layout": to, "files": {str(path.relative_to(folder)): _sha256(path) for path in written}},
+                   "files": {str(path.relative_to(source.folder)): sha256(path) for path in source.read}},
+        "target": {"layout": to, "files": {str(path.relative_to(folder)): sha256(path) for path in written}},
         "parameters": parameters,
         "keys": key_map,
         "proof": proof,
@@ -161,7 +171,7 @@ def summary(receipt: dict[str, Any], destination: str | Path) -> str:
         "layout": f"{receipt['source']['layout']} -> {receipt['target']['layout']} ({receipt['source']['content']})",
         "parameters": f"{receipt['parameters']:,} in {len(keys)} tensors, {renamed} of them renamed",
         "difference": f"{proof['largest_relative_difference']:.1e} of the largest output, at {proof['at']} (allowed: {TOLERANCE:.0e})"
-        + (f"; exchanged queries and keys would show {control['relative_difference']:.1e}" if control else ""),
+        + (f"; {control['change']} would show {control['relative_difference']:.1e}" if control else ""),
         "input": proof["input"],
         "written": f"{destination} ({RECEIPT} is the receipt)",
     }
@@ -178,7 +188,7 @@ def read_source(path: Path, encoder_only: bool = False) -> Source:
     origin = {key: checkpoints.transformers_names(layout, key) for key in stored}
     content = CONTENT[layout.name]
     folder = path.parent if path.is_file() else path
-    read = [*checkpoints.weight_files(path), *_existing(folder, ["config.json"])]
+    read = [*checkpoints.weight_files(path), *existing(folder, ["config.json"])]
     if path.is_dir() and (path / "model.safetensors.index.json").is_file() and not (path / "model.safetensors").is_file():
         read.append(path / "model.safetensors.index.json")
     if content == ENCODER and not layout.rules and path.is_dir() and (path / FOLDER).is_dir() and not encoder_only:
@@ -211,7 +221,7 @@ def _guessed_heads(source: Source) -> list[str]:
     return [part for part, (section, names) in asked.items() if not names & section.keys()]
 
 
-def _existing(folder: Path, names: list[str] | tuple[str, ...]) -> list[Path]:
+def existing(folder: Path, names: list[str] | tuple[str, ...]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
@@ -330,8 +340,8 @@ def _write_apple(folder: Path, source: Source, model: torch.nn.Module, to: str) 
 
 def _carry(folder: Path, source: Source, to: str) -> None:
     """Copy image processor and tokenizer, which belong to the checkpoint; what is not there is not invented."""
-    pictures = _existing(source.folder, PICTURE_FILES)
-    texts = _existing(source.text_folder, TEXT_FILES) if to != "apple_encoder" else []
+    pictures = existing(source.folder, PICTURE_FILES)
+    texts = existing(source.text_folder, TEXT_FILES) if to != "apple_encoder" else []
     text_folder = folder / FOLDER if source.content == PRETRAINING and to == "transformers" else folder
     for files, where in ((pictures, folder), (texts, text_folder)):
         for file in files:
@@ -351,13 +361,13 @@ def _key_map(source: Source, placed: dict[str, str]) -> tuple[dict[str, dict[str
     return keys, [key for key, entry in keys.items() if not entry["to"]]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -438,7 +448,7 @@ def prove(source: Source, expected: Outputs, folder: Path, to: str, probe: Probe
     if to == "transformers":
         outputs = stock_outputs(_open(folder, source.content), probe)
         if PLAIN_TEXT in outputs:
-            off = _difference(expected["text embeddings, no row padded"], outputs.pop(PLAIN_TEXT))
+            off = difference(expected["text embeddings, no row padded"], outputs.pop(PLAIN_TEXT))
             source.notes.append(
                 f"transformers leaves out the text tower's causal mask when no row is padded (embeddings then differ by {off:.1e} of the "
                 "largest): pad a row and give attention_mask, or mark the tower's attention modules is_causal"
@@ -447,7 +457,7 @@ def prove(source: Source, expected: Outputs, folder: Path, to: str, probe: Probe
         arguments = (*checkpoints.read_safetensors(folder), to, probe)
         outputs = apple_outputs(*arguments)
         expected = expected | {CONTROL: apple_outputs(*arguments, exchanged=True)[FEATURES]}
-    differences = {name: _difference(expected[name], outputs[name]) for name in outputs}
+    differences = {name: difference(expected[name], outputs[name]) for name in outputs}
     worst = max(differences, key=lambda name: differences[name])
     if differences[worst] > TOLERANCE:
         raise UserError(
@@ -456,7 +466,7 @@ def prove(source: Source, expected: Outputs, folder: Path, to: str, probe: Probe
         )
     control = None
     if CONTROL in expected:
-        shown = _difference(expected[FEATURES], expected[CONTROL])
+        shown = difference(expected[FEATURES], expected[CONTROL])
         control = {"change": "queries and keys of the encoder exchanged", "output": FEATURES, "relative_difference": shown}
         if shown <= TOLERANCE:
             source.notes.append(f"the proof is blind here: with these weights exchanged queries and keys change the features by {shown:.1e} only")
@@ -464,7 +474,7 @@ def prove(source: Source, expected: Outputs, folder: Path, to: str, probe: Probe
             "relative_differences": differences, "control": control}  # fmt: skip
 
 
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Largest difference over the largest expected value; infinite for another shape or numbers that are none."""
     if expected.shape != found.shape or not (expected.isfinite().all() and found.isfinite().all()):
         return math.inf

@@ -8,6 +8,7 @@ import torch
 
 from aimv2_vlm.config import Objective
 from aimv2_vlm.data.transforms import normalize
+from aimv2_vlm.models.assistant import supervised_places
 from aimv2_vlm.models.contrastive import contrastive_sum
 from aimv2_vlm.models.encoder import NativePictures
 from aimv2_vlm.models.pretraining import encoder_flops, scored_places
@@ -165,12 +166,14 @@ class InstructionObjective:
     logged: dict[str, str] = {}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        supervised = (batch["labels"][:, 1:] != -100) & (batch["weights"] > 0)[:, None]
-        return {"text": int(supervised.sum()), "samples": len(batch["weights"]), "tokens": int(batch["attention_mask"].sum())}
+        places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"])
+        return {"text": len(places), "samples": batch["num_rows"], "tokens": batch["input_ids"].shape[1]}
 
     def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        on_device = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items() if k != "bad"}
-        return {"text": model(**on_device)["text_sum"]}
+        places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"]).to(device, non_blocking=True)
+        arguments = {k: v for k, v in batch.items() if k not in ("bad", "num_rows")}
+        on_device = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        return {"text": model(**on_device, places=places)["text_sum"]}
 
     def flops(self, model: torch.nn.Module, batch: Batch) -> float:
         return 0.0

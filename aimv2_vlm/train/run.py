@@ -27,11 +27,12 @@ from aimv2_vlm.data.remote import ShardCache
 from aimv2_vlm.data.shards import atomic_file, default_cache_dir, pack
 from aimv2_vlm.data.tiling import Tiling
 from aimv2_vlm.models.assistant import (
-    AssistantForTraining, build_assistant, check_context, encode_views, image_statistics, part_of, set_trainable,
+    AssistantForTraining, build_assistant, check_context, check_rows_apart, encode_views, image_statistics, part_of, set_trainable,
 )
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
+from aimv2_vlm.models.llava_format import load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.directory import RunDirectory, storage_errors
@@ -323,18 +324,20 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         rebuild = partial(build_from_recipe, recipe, chat_tokenizer(recipe, conversations, directory, placement))
         assistant, processor = seeded(recipe.seed, rebuild)
         tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
-        check_context(assistant, tiling.num_image_tokens(*tiling.resolution), 1)
+        check_context(assistant, tiling.max_image_tokens, 1)
         report_parts(set_trainable(assistant, recipe.trainable), placement)
         checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
         features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
                                   tiling, processor.image_processor, features, max_length(recipe, assistant))
+        model = AssistantForTraining(assistant, None if placement.shards_weights else recipe.encoder.batch_size)
+        if optim.micro_batch_size > 1:
+            check_rows_apart(model)
         model, optimizer = placement.place(
-            AssistantForTraining(assistant),
-            partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
+            model, partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
         train(
             directory=directory, placement=placement, objective=InstructionObjective(), model=model, optimizer=optimizer,
-            micro_batches=ConversationSteps(data, optim, placement, recipe.seed), schedule=schedule, loop=recipe.train,
+            micro_batches=ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch), schedule=schedule, loop=recipe.train,
             fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
         )
@@ -369,7 +372,7 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
 
 
 def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.nn.Module, Any]:
-    """(assistant, processor) of the recipe: frozen encoder, new connector, decoder from `llm.path` or from scratch."""
+    """(assistant, processor) of the recipe: frozen encoder, connector new or from `connector_path`, decoder from `llm.path` or new."""
     if not recipe.encoder.path:
         raise UserError("encoder.path: name the encoder, e.g. encoder.path=runs/pretrain/final")
     llm = recipe.llm
@@ -379,10 +382,13 @@ def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.
              "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_heads, "max_position_embeddings": llm.max_positions,
              # Llama's own 0.02 makes blocks of a small model nearly identities; at width 2500 the two agree.
              "initializer_range": max(0.02, llm.hidden_size**-0.5)}
-    return build_assistant(
+    assistant, processor = build_assistant(
         encoder, llm.path, recipe.tiling.grid, tokenizer=tokenizer, llm_config=sizes, template=llm.template, image_mean=mean,
         image_std=std, pad_square=recipe.tiling.pad_square, attention=llm.attention,
     )
+    if recipe.connector_path is not None:
+        load_connector(assistant, recipe.connector_path)
+    return assistant, processor
 
 
 def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
@@ -420,13 +426,14 @@ def feature_cache(recipe: SftRecipe, assistant: torch.nn.Module, processor: Any,
 class ConversationSteps:
     """step -> this process's micro-batches of conversations; every epoch in a new order (data/order.py)."""
 
-    def __init__(self, data: InstructionDataset, optim: Optimizer, placement: Placement, seed: int):
-        self.data, self.optim, self.rank, self.world = data, optim, placement.rank, placement.world
+    def __init__(self, data: InstructionDataset, optim: Optimizer, placement: Placement, seed: int, budget: int):
+        self.data, self.optim, self.rank, self.world, self.budget = data, optim, placement.rank, placement.world, budget
         self.order = Order([[len(data)]], [1.0], seed)
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
-        positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
-        return self.data.microbatches([self.order.locate(p).sample for p in positions], self.optim.micro_batch_size)
+        positions = global_slice(step, self.optim.batch_size, 0, 1)  # all rows of the step: which are this process's depends on their lengths
+        rows = [self.order.locate(p).sample for p in positions]
+        return self.data.microbatches(rows, self.optim.micro_batch_size, self.budget, self.rank, self.world)
 
 
 def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:

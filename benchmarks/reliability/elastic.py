@@ -67,7 +67,7 @@ def read_chains(data: str, out: str, chains: list[list[tuple[int, int, int]]], s
         """Samples of steps `first` to `last`, the processes' parts in rank order."""
         parts = []
         for rank in range(world):
-            micro_batches = run.PairSteps(pairs, recipe.optim, SimpleNamespace(rank=rank, world=world))
+            micro_batches = run.PairSteps(recipe, pairs, SimpleNamespace(rank=rank, world=world))
             steps_of = fetch_steps(StepDataset(micro_batches, last), first, workers if last - first > 1 else 0)
             parts.append([sum(map(runs.names_of, batches), []) for batches in steps_of])
         return [sum(step, []) for step in zip(*parts, strict=True)]
