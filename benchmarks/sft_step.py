@@ -83,7 +83,7 @@ class Ours:
     """The project's own step."""
 
     def __init__(self, model: LlavaForConditionalGeneration):
-        self.model, self.placement, self.objective = AssistantForTraining(model).train(), Placement("single", "fp32"), InstructionObjective()
+        self.model, self.placement, self.objective = AssistantForTraining(model).train(), Placement("single", "fp32"), InstructionObjective([0.5] * 3, [0.5] * 3)
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = build_optimizer(parameter_groups(self.model.named_parameters(), dict.fromkeys(names, "weight"), OPTIM, {}), OPTIM)
         assert all(part_of(name) != "encoder" for name in names)

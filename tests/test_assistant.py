@@ -19,6 +19,7 @@ from aimv2_vlm.data.chat import IGNORED, ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset, distinct_pictures
 from aimv2_vlm.data.conversations import IMAGE, ConversationSet
 from aimv2_vlm.data.tiling import Tiling, picture_views
+from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.assistant import (
     AssistantForTraining,
     build_assistant,
@@ -114,7 +115,15 @@ def dataset(folder, processor, features=None, max_length=None, **tiling):
 
 
 def arguments(batch):
-    return {key: value for key, value in batch.items() if key not in ("bad", "num_rows")}
+    kept = {key: value for key, value in batch.items() if key not in ("bad", "num_rows")}
+    return kept | ({"pixel_values": pixels_of(batch)} if "pixel_values" in batch else {})
+
+
+def pixels_of(batch):
+    """As the encoder sees them; a batch hands them over as uint8 (without a picture it has none to hand over)."""
+    pixels = batch["pixel_values"]
+    assert pixels.dtype == torch.uint8 or not len(pixels)
+    return normalize(pixels, MEAN, STD) if len(pixels) else pixels
 
 
 def num_supervised(batch):
@@ -133,7 +142,7 @@ def stock_loss(model, batch, num_views):
     """Sum of the stock model's own loss; views folded as its processor gives them."""
     extra = {}
     if len(batch["pixel_values"]):
-        pixels = batch["pixel_values"]
+        pixels = pixels_of(batch)
         if num_views > 1:
             pixels = pixels.view(-1, num_views, *pixels.shape[1:])
             extra["image_sizes"] = torch.tensor(batch["image_sizes"])

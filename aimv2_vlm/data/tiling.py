@@ -263,7 +263,7 @@ def picture_views(picture_CHW: torch.Tensor, tiling: Tiling, image_processor) ->
     """
     import torch
 
-    if not _is_plain(image_processor, tiling):
+    if not only_normalizes(image_processor, tiling):
         picture_CHW = prepare_picture(picture_CHW, tiling, image_processor.image_mean)
         pixels = image_processor(picture_CHW, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
         return (pixels if tiling.single else pixels[0]), tuple(picture_CHW.shape[-2:])
@@ -323,7 +323,7 @@ def _spans(length: int, offset: int, count: int, tile: int) -> list[tuple[slice,
     return [(slice(max(0, start), max(0, min(length, start + tile))), max(0, min(tile, -start))) for start in starts]
 
 
-def _is_plain(image_processor, tiling: Tiling) -> bool:
+def only_normalizes(image_processor, tiling: Tiling) -> bool:
     """Whether this image processor does what the one that `image_processor` makes for the tiling does."""
     from transformers import LlavaImageProcessor, LlavaNextImageProcessor
     from transformers.image_utils import PILImageResampling

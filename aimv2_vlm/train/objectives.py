@@ -165,6 +165,10 @@ class InstructionObjective:
     weights = {"text": 1.0}
     logged: dict[str, str] = {}
 
+    def __init__(self, mean: list[float], std: list[float]):
+        """Mean and deviation of pictures that come as uint8."""
+        self.normalize = Normalization(mean, std)
+
     def counts(self, batch: Batch) -> dict[str, int]:
         places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"])
         return {"text": len(places), "samples": batch["num_rows"], "tokens": batch["input_ids"].shape[1]}
@@ -173,6 +177,9 @@ class InstructionObjective:
         places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"]).to(device, non_blocking=True)
         arguments = {k: v for k, v in batch.items() if k not in ("bad", "num_rows")}
         on_device = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        pixels = on_device.get("pixel_values")
+        if pixels is not None and pixels.dtype == torch.uint8:
+            on_device["pixel_values"] = self.normalize(pixels)
         return {"text": model(**on_device, places=places)["text_sum"]}
 
     def flops(self, model: torch.nn.Module, batch: Batch) -> float:

@@ -336,7 +336,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         model, optimizer = placement.place(
             model, partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
         train(
-            directory=directory, placement=placement, objective=InstructionObjective(), model=model, optimizer=optimizer,
+            directory=directory, placement=placement, objective=InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std), model=model, optimizer=optimizer,
             micro_batches=ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch), schedule=schedule, loop=recipe.train,
             fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
