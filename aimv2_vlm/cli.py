@@ -77,10 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--processes", type=int, default=1, metavar="N", help="share each run between N processes of this machine's CPU")
 
     convert = verbs.add_parser("convert", help="a checkpoint into another layout, proved and with a receipt")
-    convert.add_argument("source", metavar="SRC", help="folder, .safetensors file or hub name, in any AIMv2 layout; final/ of a run")
+    convert.add_argument("source", metavar="SRC", help="folder, .safetensors file or hub name, in any AIMv2 layout or LLaVA's; final/ of a run")
     convert.add_argument("destination", metavar="DST", help="new folder")
     convert.add_argument("--to", default="transformers", metavar="LAYOUT",
-                         help="transformers (default), or Apple's names: apple_encoder, apple_two_tower, apple_trainer")
+                         help="transformers (default); Apple's names: apple_encoder, apple_two_tower, apple_trainer; of an assistant: llava")
 
     recipes = verbs.add_parser("recipes", help="list or copy the recipes that ship with the package")
     recipes.add_argument("action", choices=("list", "copy"))
