@@ -9,7 +9,6 @@ Shapes: B batch, C channels, H, W picture, N image patches, T text tokens, S seq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from aimv2_vlm.config import UserError
 from aimv2_vlm.models import checkpoints, masks
 from aimv2_vlm.models.encoder import load_encoder, locate, num_patches_of
 from aimv2_vlm.models.pretraining import (
-    FOLDER, Places, PretrainingOutput, blocks_flops, encoder_flops, gather_losses, initialize_head, parameter_roles,
-    save_parts, score_text, scored_places,
+    FOLDER, EncoderWithText, Places, PretrainingOutput, blocks_flops, encoder_flops, gather_losses, initialize_head,
+    score_text, scored_places,
 )  # fmt: skip
 
 
-class GenLIPForPreTraining(nn.Module):
+class GenLIPForPreTraining(EncoderWithText):
     """An encoder that speaks: [patches, BOS, tokens] through one stack of blocks, a vocabulary head on the text."""
 
     def __init__(
@@ -44,13 +43,9 @@ class GenLIPForPreTraining(nn.Module):
         self.context_length = context_length
         self.encoder = encoder
         with no_init_weights():
-            self.bos = nn.Parameter(torch.empty(width))
-            self.token_embedding = nn.Embedding(vocab_size, width)
-            self.text_position_embedding = nn.Embedding(context_length + 1, width)
+            self._make_text_inputs(width, vocab_size, context_length)
             self.text_head = nn.Linear(width, vocab_size, bias=False)
-        nn.init.normal_(self.bos, std=0.02, generator=generator)
-        nn.init.normal_(self.token_embedding.weight, std=0.02, generator=generator)
-        nn.init.normal_(self.text_position_embedding.weight, std=0.01, generator=generator)
+        self._initialize_text_inputs(generator)
         initialize_head(self.text_head, encoder.config.num_hidden_layers, generator)
 
     def forward(
@@ -72,9 +67,7 @@ class GenLIPForPreTraining(nn.Module):
             kept = None if weights is None else weights.cpu()
             places = scored_places(num_patches, text_lengths.cpu(), None, kept).to(input_ids.device)
         read_ids_BT = input_ids if places is None else input_ids[:, : places.num_tokens - 1]
-        bos_B1D = self.bos.expand(len(input_ids), 1, -1)
-        text_BTD = torch.cat([bos_B1D, self.token_embedding(read_ids_BT)], dim=1)
-        text_BTD = text_BTD + self.text_position_embedding.weight[: text_BTD.shape[1]]
+        text_BTD = self._with_positions(self._embed_text(read_ids_BT))
         sequence_BSD = torch.cat([self.encoder.embeddings(pixel_values), text_BTD], dim=1)
         patches_B = torch.full((1,), num_patches, device=sequence_BSD.device)
         can_attend_11SS = masks.prefix_can_attend(patches_B, sequence_BSD.shape[1])
@@ -91,20 +84,8 @@ class GenLIPForPreTraining(nn.Module):
         trunk += blocks_flops(config, rows * context, context)
         return trunk + 2 * num_tokens * self.text_head.in_features * self.text_head.out_features
 
-    def parameter_roles(self) -> dict[str, str]:
-        """As `AIMv2ForPreTraining.parameter_roles`."""
-        return parameter_roles(self)
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        image_processor: Any = None,
-        extra_files: Iterable[str | Path] = (),
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        """As `AIMv2ForPreTraining.save_pretrained`."""
-        sizes = {"objective": "genlip", "vocab_size": self.text_head.out_features, "context_length": self.context_length}
-        save_parts(self, sizes, directory, image_processor, extra_files, state_dict)
+    def _sizes(self) -> dict[str, Any]:
+        return {"objective": "genlip", "vocab_size": self.text_head.out_features, "context_length": self.context_length}
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | Path, image_size: int | None = None, attention: str = "sdpa") -> GenLIPForPreTraining:
@@ -116,6 +97,5 @@ class GenLIPForPreTraining(nn.Module):
             raise UserError(f"{source / FOLDER / 'config.json'}: no GenLIP checkpoint; its objective is another one")
         with no_init_weights():
             model = cls(encoder, **sizes)
-        own = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-        checkpoints.load_strictly(model, own | rest, source)
+        model._fill(rest, source)
         return model

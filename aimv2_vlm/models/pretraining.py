@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,72 @@ class PretrainingOutput(ModelOutput):
     encoder_features: torch.Tensor | None = None
 
 
-class AIMv2ForPreTraining(nn.Module):
+class EncoderWithText(nn.Module):
+    """What every generative pre-training model has beside its blocks: an encoder, text inputs, one way to be written."""
+
+    encoder: Aimv2VisionModel
+
+    def _make_text_inputs(self, width: int, vocab_size: int, context_length: int) -> None:
+        """Parameters without values; `_initialize_text_inputs` draws them."""
+        self.bos = nn.Parameter(torch.empty(width))
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.text_position_embedding = nn.Embedding(context_length + 1, width)
+
+    def _initialize_text_inputs(self, generator: torch.Generator | None) -> None:
+        nn.init.normal_(self.bos, std=0.02, generator=generator)
+        nn.init.normal_(self.token_embedding.weight, std=0.02, generator=generator)
+        nn.init.normal_(self.text_position_embedding.weight, std=0.01, generator=generator)
+
+    def _embed_text(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """[BOS] and the tokens, without their positions: (B, T + 1, D)."""
+        return torch.cat([self.bos.expand(len(input_ids_BT), 1, -1), self.token_embedding(input_ids_BT)], dim=1)
+
+    def _with_positions(self, embedded_BTD: torch.Tensor) -> torch.Tensor:
+        return embedded_BTD + self.text_position_embedding.weight[: embedded_BTD.shape[1]]
+
+    def parameter_roles(self) -> dict[str, str]:
+        """Parameter name -> "norm", "bias", "position", "bos" or "weight"; only the last are decayed (Table A1)."""
+        return parameter_roles(self)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        image_processor: Any = None,
+        extra_files: Iterable[str | Path] = (),
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write the encoder as a stock transformers checkpoint into `directory`, the rest into `directory`/pretraining.
+
+        `image_processor` goes beside the encoder, copies of `extra_files` (a tokenizer) beside the rest. `state_dict`:
+        the gathered weights, where the model holds only a shard of them.
+        """
+        from safetensors.torch import save_file
+
+        state = self.state_dict() if state_dict is None else state_dict
+        directory = Path(directory)
+        folder = directory / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
+        self.encoder.save_pretrained(directory, state_dict=own)
+        if image_processor is not None:
+            image_processor.save_pretrained(directory)
+        rest = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if not key.startswith("encoder.")}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self._sizes(), indent=2) + "\n", encoding="utf-8")
+        for file in extra_files:
+            shutil.copyfile(file, folder / Path(file).name)
+
+    @abstractmethod
+    def _sizes(self) -> dict[str, Any]:
+        """config.json of everything but the encoder."""
+
+    def _fill(self, rest: checkpoints.State, source: str | Path) -> None:
+        """Take everything but the encoder from `rest`. Raises `UserError` naming the keys that do not fit."""
+        own = {f"encoder.{key}": tensor for key, tensor in self.encoder.state_dict().items()}
+        checkpoints.load_strictly(self, own | rest, source)
+
+
+class AIMv2ForPreTraining(EncoderWithText):
     """Patches, then text, one autoregressive sequence (paper Figure 1)."""
 
     def __init__(
@@ -162,9 +228,7 @@ class AIMv2ForPreTraining(nn.Module):
                 self.pixel_decoder_norm = Aimv2RMSNorm(decoder_hidden_size, self.decoder_config.rms_norm_eps)
             self.bos = self.mask_embedding = self.pixel_head = self.text_head = None
             if predicts_text:
-                self.bos = nn.Parameter(torch.empty(decoder_hidden_size))
-                self.token_embedding = nn.Embedding(vocab_size, decoder_hidden_size)
-                self.text_position_embedding = nn.Embedding(context_length + 1, decoder_hidden_size)
+                self._make_text_inputs(decoder_hidden_size, vocab_size, context_length)
                 self.text_head = nn.Linear(decoder_hidden_size, vocab_size, bias=False)
             if parallel_captions:
                 self.mask_embedding = nn.Parameter(torch.empty(decoder_hidden_size))
@@ -183,9 +247,7 @@ class AIMv2ForPreTraining(nn.Module):
             for parameter in projection.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
         if self.predicts_text:
-            nn.init.normal_(self.bos, std=0.02, generator=generator)
-            nn.init.normal_(self.token_embedding.weight, std=0.02, generator=generator)
-            nn.init.normal_(self.text_position_embedding.weight, std=0.01, generator=generator)
+            self._initialize_text_inputs(generator)
         if self.mask_embedding is not None:
             nn.init.normal_(self.mask_embedding, std=0.02, generator=generator)
         for decoder in filter(None, (self.decoder, self.pixel_decoder)):
@@ -238,7 +300,10 @@ class AIMv2ForPreTraining(nn.Module):
         if self.predicts_text:
             # The last token is a target only: its place is computed for who wants to look at all predictions.
             read_ids_BT = input_ids if places is None else input_ids[:, : places.num_tokens - 1]
-            sequence_BSD = torch.cat([sequence_BSD, self._embed_text(read_ids_BT, parallel)], dim=1)
+            text_BTD = self._embed_text(read_ids_BT)
+            if parallel is not None:
+                text_BTD = torch.where(parallel[:, None, None], self.mask_embedding, text_BTD)
+            sequence_BSD = torch.cat([sequence_BSD, self._with_positions(text_BTD)], dim=1)
             if parallel is not None:
                 mask_B1SS = self._parallel_mask(sequence_BSD, num_patches, text_lengths, parallel)
         hidden_BSD = self._decode(self.decoder, self.decoder_norm, sequence_BSD, mask_B1SS)
@@ -276,14 +341,6 @@ class AIMv2ForPreTraining(nn.Module):
             num_patches = num_patches_of(self.encoder, pixel_values)
             if int(prefix_lengths_B.min()) < 1 or int(prefix_lengths_B.max()) >= max(2, num_patches):
                 raise ValueError(f"prefix_lengths: must be 1 to {num_patches - 1}, the picture having {num_patches} patches")
-
-    def _embed_text(self, input_ids_BT: torch.Tensor, parallel_B: torch.Tensor | None) -> torch.Tensor:
-        """[BOS] and the tokens, or [MASK]s for rows decoded in parallel, with their positions: (B, T + 1, D)."""
-        bos_B1D = self.bos.expand(len(input_ids_BT), 1, -1)
-        embedded_BTD = torch.cat([bos_B1D, self.token_embedding(input_ids_BT)], dim=1)
-        if parallel_B is not None:
-            embedded_BTD = torch.where(parallel_B[:, None, None], self.mask_embedding, embedded_BTD)
-        return embedded_BTD + self.text_position_embedding.weight[: embedded_BTD.shape[1]]
 
     def _parallel_mask(
         self, sequence_BSD: torch.Tensor, num_patches: int, text_lengths_B: torch.Tensor, parallel_B: torch.Tensor
@@ -368,24 +425,6 @@ class AIMv2ForPreTraining(nn.Module):
             total += 2 * scored_patches * d.hidden_size * self.pixel_head.out_features
         return total
 
-    def parameter_roles(self) -> dict[str, str]:
-        """Parameter name -> "norm", "bias", "position", "bos" or "weight"; only the last are decayed (Table A1)."""
-        return parameter_roles(self)
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        image_processor: Any = None,
-        extra_files: Iterable[str | Path] = (),
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Write the encoder as a stock transformers checkpoint into `directory`, the rest into `directory`/pretraining.
-
-        `image_processor` goes beside the encoder, copies of `extra_files` (a tokenizer) beside the rest. `state_dict`:
-        the gathered weights, where the model holds only a shard of them.
-        """
-        save_parts(self, self._sizes(), directory, image_processor, extra_files, state_dict)
-
     def _sizes(self) -> dict[str, int | bool]:
         return {
             "decoder_hidden_size": self.decoder_config.hidden_size,
@@ -416,8 +455,7 @@ class AIMv2ForPreTraining(nn.Module):
             encoder = assemble_encoder(*encoder_parts, source, image_size, attention)
         with no_init_weights():
             model = cls(encoder, **sizes, attention=attention)
-        own = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-        checkpoints.load_strictly(model, own | rest, source if encoder_parts else source / FOLDER)
+        model._fill(rest, source if encoder_parts else source / FOLDER)
         return model
 
     def load_decoder(self, path_or_name: str | Path) -> None:
@@ -427,8 +465,7 @@ class AIMv2ForPreTraining(nn.Module):
         """
         source = locate(path_or_name)
         rest, _, _ = _read_parts(source)
-        own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith("encoder.")}
-        checkpoints.load_strictly(self, own | rest, source)
+        self._fill(rest, source)
 
 
 def _read_parts(source: Path) -> tuple[checkpoints.State, dict[str, Any], tuple[checkpoints.Layout, checkpoints.State, dict] | None]:
@@ -477,32 +514,6 @@ def _sizes_from_tensors(rest: checkpoints.State, config: dict, source: Path) -> 
         "vocab_size": vocab_size,
         "context_length": num_positions - 1,
     }
-
-
-def save_parts(
-    model: nn.Module,
-    sizes: dict[str, Any],
-    directory: str | Path,
-    image_processor: Any,
-    extra_files: Iterable[str | Path],
-    state_dict: Mapping[str, torch.Tensor] | None,
-) -> None:
-    """What every pre-training model's `save_pretrained` does; `sizes` becomes the config.json of its own parts."""
-    from safetensors.torch import save_file
-
-    state = model.state_dict() if state_dict is None else state_dict
-    directory = Path(directory)
-    folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    own = {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
-    model.encoder.save_pretrained(directory, state_dict=own)
-    if image_processor is not None:
-        image_processor.save_pretrained(directory)
-    rest = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if not key.startswith("encoder.")}
-    save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    for file in extra_files:
-        shutil.copyfile(file, folder / Path(file).name)
 
 
 def initialize_head(head: nn.Linear, num_layers: int, generator: torch.Generator | None) -> None:
