@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
-from record import record
+from record import interleaved, record
 
 from aimv2_vlm.config import Objective, Optimizer
 from aimv2_vlm.data.transforms import normalize
@@ -109,14 +108,9 @@ def main() -> None:
                           ("full", torch.full((BATCH,), CONTEXT))):
         model = build()
         plain, ours = Plain(copy.deepcopy(model)), Ours(model, arguments.compile)
-        losses, times = {"ours": [], "peer": []}, {"ours": [], "peer": []}
-        for number in range(arguments.rounds + 2):  # the first two warm up
-            batch = make_batch(lengths, number)
-            sides = [("ours", ours), ("peer", plain)]
-            for side, runner in sides if number % 2 else reversed(sides):
-                start = time.perf_counter()
-                losses[side].append(runner.step(batch))
-                times[side].append(time.perf_counter() - start)
+        losses: dict[str, list[float]] = {"ours": [], "peer": []}
+        sides = {"ours": lambda batch: losses["ours"].append(ours.step(batch)), "peer": lambda batch: losses["peer"].append(plain.step(batch))}
+        times = interleaved(sides, ((make_batch(lengths, number),) for number in range(arguments.rounds + 2)))  # the first two warm up
         gap = max(abs(a - b) / max(1.0, b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
         seconds = {side: statistics.median(values[2:]) for side, values in times.items()}
         record("pretrain_step", {

@@ -1,14 +1,29 @@
-"""The one way to write a result line: printed, and appended to benchmarks/results/ with the machine and the versions."""
+"""The one way to time sides against each other, and to write a result line: printed, and appended to benchmarks/results/ with machine and versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def interleaved(sides: Mapping[str, Callable], inputs: Iterable[tuple], clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Call every side with the arguments of every input, the order of sides turned round each time: side -> seconds of each call."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for arguments in inputs:
+        for name in order:
+            start = clock()
+            sides[name](*arguments)
+            seconds[name].append(clock() - start)
+        order.reverse()
+    return seconds
 
 
 def record(file: str, facts: dict[str, Any], packages: tuple[str, ...] = ()) -> None:

@@ -15,11 +15,10 @@ import copy
 import json
 import random
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from record import record
+from record import interleaved, record
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from aimv2_vlm.config import Optimizer
@@ -106,16 +105,12 @@ def main() -> None:
     lengths = json.loads((Path(__file__).parent / "sft_lengths.json").read_text(encoding="utf-8"))
     random.Random(0).shuffle(lengths)
     model = build()
-    sides = [("ours", Ours(copy.deepcopy(model))), ("peer", Peer(model))]
-    losses, times, padding = {"ours": [], "peer": []}, {"ours": [], "peer": []}, []
-    for number in range(arguments.rounds + 2):  # the first two warm up
-        chosen = lengths[number * ROWS : (number + 1) * ROWS]
-        rows = make_rows(chosen, number)
-        padding.append(1 - sum(len(r["ids"]) for r in rows) / (ROWS * max(len(r["ids"]) for r in rows)))
-        for side, runner in sides if number % 2 else reversed(sides):
-            start = time.perf_counter()
-            losses[side].append(runner.step(rows))
-            times[side].append(time.perf_counter() - start)
+    ours, peer = Ours(copy.deepcopy(model)), Peer(model)
+    losses: dict[str, list[float]] = {"ours": [], "peer": []}
+    sides = {"ours": lambda rows: losses["ours"].append(ours.step(rows)), "peer": lambda rows: losses["peer"].append(peer.step(rows))}
+    batches = [make_rows(lengths[number * ROWS : (number + 1) * ROWS], number) for number in range(arguments.rounds + 2)]
+    padding = [1 - sum(len(r["ids"]) for r in rows) / (ROWS * max(len(r["ids"]) for r in rows)) for rows in batches]
+    times = interleaved(sides, ((rows,) for rows in batches))  # the first two warm up
     gap = max(abs(a - b) / max(1.0, b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
     seconds = {side: statistics.median(values[2:]) for side, values in times.items()}
     record("sft_step", {

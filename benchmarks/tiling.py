@@ -14,13 +14,12 @@ Photographs of 640 x 480 and 1600 x 1200 are made from the two that scikit-learn
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from record import record
+from record import interleaved, record
 from transformers import LlavaImageProcessor
 from transforms import MEAN, STD, cover, jpeg, load_photographs
 
@@ -63,28 +62,19 @@ def compare(pictures: list[torch.Tensor], tiling: Tiling, rounds: int, repeats: 
         expected = sides["peer"](picture)
         for name, found in (("fp32", sides["fp32"](picture)), ("uint8", normalize(sides["uint8"](picture), MEAN, STD))):
             equal[name] &= found.shape == expected.shape and bool(np.abs((found - expected).numpy()).max() <= TOLERANCE)
-    milliseconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(-1, rounds):  # the first one warms up
-        spent = dict.fromkeys(sides, 0.0)
-        for _ in range(repeats):
-            for picture in pictures:
-                for name, side in sides.items():
-                    start = time.process_time()
-                    side(picture)
-                    spent[name] += time.process_time() - start
-        if round_number >= 0:
-            for name, seconds in spent.items():
-                milliseconds[name].append(1000 * seconds / (repeats * len(pictures)))
-    theirs = statistics.median(milliseconds["peer"])
+    seconds = interleaved(sides, ((picture,) for _ in range((rounds + 1) * repeats) for picture in pictures), time.process_time)
+    # Means of the rounds; the first one warms up.
+    milliseconds = {name: 1000 * np.reshape(spent, (rounds + 1, -1)).mean(1)[1:] for name, spent in seconds.items()}
+    theirs = float(np.median(milliseconds["peer"]))
     return [
         {
             "name": name,
-            "ours": round(statistics.median(milliseconds[name]), 3),
+            "ours": round(float(np.median(milliseconds[name])), 3),
             "peer": round(theirs, 3),
-            "ratio": round(theirs / statistics.median(milliseconds[name]), 2),
+            "ratio": round(theirs / float(np.median(milliseconds[name])), 2),
             "unit": "ms of one core per picture",
             "equal": equal[name],
-            "ratios_of_rounds": [round(one / other, 2) for one, other in zip(milliseconds["peer"], milliseconds[name])],
+            "ratios_of_rounds": (milliseconds["peer"] / milliseconds[name]).round(2).tolist(),
             "peer_is": f"transformers' {type(stock).__name__}: normalised fp32",
         }
         for name in ("fp32", "uint8")

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from record import record
+from record import interleaved, record
 
 from aimv2_vlm.data.order import draws
 from aimv2_vlm.data.transforms import TrainTransform, normalize, read_header
@@ -89,25 +89,18 @@ def compare(jpegs: Sequence[bytes], peer: Callable, rounds: int) -> list[dict]:
     for mode, transform in ours.items():
         sides[mode] = lambda data, position, transform=transform: transform.decode(data, draws(0, position, "crop"))
         sides[f"{mode} + normalize"] = lambda data, position, one=sides[mode]: normalize(one(data, position), mean, std)
-    milliseconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(-1, rounds):  # the first one warms up
-        spent = dict.fromkeys(sides, 0.0)
-        for number, data in enumerate(jpegs):
-            position = (round_number + 1) * len(jpegs) + number
-            for name, side in sides.items():
-                start = time.process_time()
-                side(data, position)
-                spent[name] += time.process_time() - start
-        if round_number >= 0:
-            for name, seconds in spent.items():
-                milliseconds[name].append(1000 * seconds / len(jpegs))
+    inputs = ((jpegs[position % len(jpegs)], position) for position in range((rounds + 1) * len(jpegs)))
+    # Means of the rounds; the first one warms up.
+    milliseconds = {
+        name: 1000 * np.reshape(spent, (rounds + 1, -1)).mean(1)[1:] for name, spent in interleaved(sides, inputs, time.process_time).items()
+    }
     quality = {mode: median_psnr(jpegs, transform, peer) for mode, transform in ours.items()}
-    theirs = statistics.median(milliseconds["open_clip"])
+    theirs = float(np.median(milliseconds["open_clip"]))
     lines = []
     for name in sides:
         if name == "open_clip":
             continue
-        mode, mine = name.split()[0], statistics.median(milliseconds[name])
+        mode, mine = name.split()[0], float(np.median(milliseconds[name]))
         lines.append({
             "name": name,
             "ours": round(mine, 3),
@@ -116,7 +109,7 @@ def compare(jpegs: Sequence[bytes], peer: Callable, rounds: int) -> list[dict]:
             "unit": "ms of one core per picture",
             "equal": quality[mode]["median_psnr_db"] >= LEAST_PSNR[mode],
             **quality[mode],
-            "ratios_of_rounds": [round(one / other, 2) for one, other in zip(milliseconds["open_clip"], milliseconds[name])],
+            "ratios_of_rounds": (milliseconds["open_clip"] / milliseconds[name]).round(2).tolist(),
             "kilobytes": round(sum(map(len, jpegs)) / len(jpegs) / 1000),
             "ours_is": "normalised fp32" if "+" in name else "uint8, normalised on the device",
         })  # fmt: skip
