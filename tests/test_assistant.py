@@ -539,6 +539,31 @@ def test_a_given_decoder_is_used_as_it_is(tokenizer_folder, data, tmp_path):
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_a_decoder_in_vicunas_layout_opens(tmp_path, data):
+    """Its folder holds a sentencepiece `tokenizer.model` and no `tokenizer.json`; pad becomes a row of its own, never eos."""
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("What is shown? a red circle 12 USER ASSISTANT yes no.\n" * 20, encoding="utf-8")
+    folder = tmp_path / "vicuna"
+    torch.manual_seed(5)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=320, byte_fallback=True,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=320, pad_token_id=0)).save_pretrained(folder)
+    (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
+    settings = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False, model_max_length=2048)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")), encoding="utf-8"
+    )
+    model, processor = build_assistant(make_encoder(), str(folder), template="vicuna", image_mean=MEAN, image_std=STD)
+    tokenizer = processor.tokenizer
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, 0)
+    assert tokenizer.decode(tokenizer("a red circle", add_special_tokens=False)["input_ids"]) == "a red circle"
+    assert model.get_input_embeddings().weight.shape[0] == 384
+
+
 def test_picture_statistics_come_from_the_encoders_checkpoint(tokenizer_folder, tmp_path):
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path)
