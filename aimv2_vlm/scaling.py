@@ -326,26 +326,31 @@ def _point(arm: Arm, start: int, recipe: PretrainRecipe) -> Point:
     tensors = safetensors.numpy.load_file(Path(recipe.out) / PER_PICTURE)
     weights = pretraining_objective(recipe).weights
     vocab_size = CaptionTokenizer(recipe.text.tokenizer, recipe.text.context_length, recipe.text.canonicalize).vocab_size
-    parameters, flops = cost(recipe, vocab_size, trained["samples"] - trained["bad_samples"], trained["tokens"])
+    flops = training_flops(recipe, vocab_size, trained["samples"] - trained["bad_samples"], trained["tokens"])
     facts = {
-        "size": arm.size, "seed": arm.seed, "encoder_parameters": parameters, "samples": trained["samples"],
+        "size": arm.size, "seed": arm.seed, "encoder_parameters": encoder_parameters(recipe, vocab_size), "samples": trained["samples"],
         "trunk_samples": start * recipe.optim.batch_size, "flops": flops, "lr": recipe.optim.lr,
         **{key: value for key, value in judged.items() if key.startswith("val_")},
     }
     return Point(facts, *(np.stack([tensors[f"{t}_{kind}"] for t in weights]) for kind in ("sum", "count")), np.array(list(weights.values())))
 
 
-def cost(recipe: PretrainRecipe, vocab_size: int, samples: int, tokens: int) -> tuple[int, float]:
-    """(encoder parameters, FLOPs) of training on `samples` pictures with `tokens` patches and text tokens together.
+def training_flops(recipe: PretrainRecipe, vocab_size: int, samples: int, tokens: int) -> float:
+    """FLOPs of training on `samples` pictures with `tokens` patches and text tokens together.
 
     Three forward passes a sample, decoder and heads included; the prefix leaves half of the patches scored on average.
     """
     with torch.device("meta"):
         model = build_pretraining_model(recipe, vocab_size)
     patches, share = num_patches(recipe), recipe.objective.caption_patches
-    forward = model.forward_flops(samples, num_patches=patches, num_tokens=tokens - samples * patches, scored_patches=samples * patches / 2,
-                                  caption_patches=round(patches * share) if share < 1 else None)
-    return sum(p.numel() for p in model.encoder.parameters()), 3.0 * forward
+    return 3.0 * model.forward_flops(
+        samples, num_patches=patches, num_tokens=tokens - samples * patches, scored_patches=samples * patches / 2,
+        caption_patches=round(patches * share) if share < 1 else None)
+
+
+def encoder_parameters(recipe: PretrainRecipe, vocab_size: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_pretraining_model(recipe, vocab_size).encoder.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------- analysis

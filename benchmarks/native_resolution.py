@@ -23,7 +23,6 @@ from record import record
 
 from aimv2_vlm import demo
 from aimv2_vlm.config import ProbeRecipe
-from aimv2_vlm.data import scenes
 from aimv2_vlm.data.native import STRATA, NativeSchedule
 from aimv2_vlm.evaluation.metrics import paired_difference
 from aimv2_vlm.recipe import load_recipe
@@ -49,31 +48,8 @@ def patches_a_step(row: str, keys: list[str]) -> float:
 def train_row(place: Path, data: Path, row: str, seed: int, patches: float, rate: float, keys: list[str]) -> Path:
     recipe, own = ROWS[row]
     steps = max(2, round(patches / patches_a_step(row, keys)))
-    demo.train("pretrain", recipe, [f"data_root={data}", f"seed={seed}", f"out={place}", "train.trackers=[]", f"optim.lr={rate}", f"optim.steps={steps}",
-                                    f"optim.warmup_steps={min(50, max(1, steps // 10))}", f"train.validate_every={steps}",
-                                    f"train.save_every={max(1, steps // 4)}", *own, *keys])
+    demo.train("pretrain", recipe, [*objectives.run_keys(data, seed, place, rate, steps), *own, *keys])
     return place
-
-
-def write_labelled(folder: Path, split: str, counts: dict[str, int]) -> None:
-    """As objectives.write_labelled, pictures of both kinds in equal parts, with the kind beside the label."""
-    import pyarrow
-    import pyarrow.parquet
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, of_split in (("train", "train"), ("judged", split)):
-        path = folder / f"{name}-0.parquet"
-        if path.exists():
-            continue
-        rows: list[dict[str, Any]] = []
-        for number in range(counts[name]):
-            kind, index = KINDS[number % 2], objectives.FIRST_LABELLED + number
-            scene = scenes.make_scene(of_split, index, kind)
-            image = {"bytes": scenes.encode_jpeg(scenes.render(scene)), "path": f"{of_split}-{kind}-{index}.jpg"}
-            rows += [{"image": image, "kind": kind, "task": task, "label": label} for task, label in objectives.labels(scene).items() if task in TASKS]
-        temporary = path.with_suffix(".tmp")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
-        temporary.rename(path)
 
 
 def probe_cell(encoder: Path, labelled: Path, task: str, column: str, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
@@ -94,7 +70,7 @@ def probe_cell(encoder: Path, labelled: Path, task: str, column: str, out: Path,
 def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[float, ...], optim: dict[str, Any], data: dict[str, Path]) -> dict[str, Any]:
     root, patches = arguments.out, arguments.steps * 32 * 16
     for split in data:
-        write_labelled(root / f"labelled_{split}", split, counts)
+        objectives.write_labelled(root / f"labelled_{split}", split, counts, KINDS, TASKS)
     rate = {}
     for row in ROWS:
         losses = {r: objectives.held_out_loss(train_row(root / "rates" / f"{row} {r:g}", data["dev"], row, 0, patches, r, arguments.keys)) for r in rates}

@@ -63,8 +63,8 @@ def labels(scene: scenes.Scene) -> dict[str, str]:
     return found
 
 
-def write_labelled(folder: Path, split: str, counts: dict[str, int]) -> None:
-    """`train-0.parquet` and `judged-0.parquet` with columns image, task, label; train pictures always come from train scenes."""
+def write_labelled(folder: Path, split: str, counts: dict[str, int], kinds: tuple[str, ...] = ("detail",), tasks: tuple[str, ...] = TASKS) -> None:
+    """`train-0.parquet` and `judged-0.parquet` with columns image, kind, task, label: pictures of `kinds` in equal parts, those of train from train scenes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -73,19 +73,24 @@ def write_labelled(folder: Path, split: str, counts: dict[str, int]) -> None:
         path = folder / f"{name}-0.parquet"
         if path.exists():
             continue
-        rows: dict[str, list[Any]] = {"image": [], "task": [], "label": [], "picture_id": []}
-        for index in range(FIRST_LABELLED, FIRST_LABELLED + counts[name]):
-            scene = scenes.make_scene(of_split, index, "detail")
-            image = {"bytes": scenes.encode_jpeg(scenes.render(scene)), "path": f"{of_split}-{index}.jpg"}
-            for task, label in labels(scene).items():
-                for column, value in zip(rows, (image, task, label, str(index)), strict=True):
-                    rows[column].append(value)
+        rows: list[dict[str, Any]] = []
+        for number in range(counts[name]):
+            kind, index = kinds[number % len(kinds)], FIRST_LABELLED + number
+            scene = scenes.make_scene(of_split, index, kind)
+            image = {"bytes": scenes.encode_jpeg(scenes.render(scene)), "path": f"{of_split}-{kind}-{index}.jpg"}
+            rows += [{"image": image, "kind": kind, "task": task, "label": label} for task, label in labels(scene).items() if task in tasks]
         temporary = path.with_suffix(".tmp")
-        pyarrow.parquet.write_table(pyarrow.table(rows), temporary)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
         temporary.rename(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arms
+
+
+def run_keys(data: Path, seed: int, out: Path, rate: float, steps: int) -> list[str]:
+    """What every training run of a study is given."""
+    return [f"data_root={data}", f"seed={seed}", f"out={out}", "train.trackers=[]", f"optim.lr={rate}", f"optim.steps={steps}",
+            f"optim.warmup_steps={min(50, max(1, steps // 10))}", f"train.validate_every={steps}", f"train.save_every={max(1, steps // 4)}"]
 
 
 def train_arm(root: Path, data: Path, arm: str, seed: int, steps: list[int], rate: float, more: list[str]) -> Path:
@@ -95,11 +100,8 @@ def train_arm(root: Path, data: Path, arm: str, seed: int, steps: list[int], rat
         before = ["text.tokenizer={0}/final/pretraining/tokenizer.model", "encoder.path={0}/final", "decoder.path={0}/final"] if number else []
         keys = [key.format(run) for key in before]
         run = root / f"stage_{number + 1}"
-        warmup = min(50, max(1, count // 10))
-        fixed = [f"data_root={data}", f"seed={seed}", f"out={run}", "train.trackers=[]", f"optim.lr={rate}", f"optim.steps={count}",
-                 f"optim.warmup_steps={warmup}", f"train.validate_every={count}", f"train.save_every={max(1, count // 4)}"]
         say(f"== {arm}, seed {seed}, lr {rate:g}: {recipe}, {count} steps")
-        demo.train("pretrain", recipe, [*fixed, *keys, *more])
+        demo.train("pretrain", recipe, [*run_keys(data, seed, run, rate, count), *keys, *more])
     return run
 
 
@@ -112,9 +114,7 @@ def arm_steps(arm: str, steps: int, share: float = 1.0) -> list[int]:
 
 def arm_flops(root: Path, arm: str) -> float:
     """Operations of every stage, from what the runs logged."""
-    import torch
-
-    from aimv2_vlm.train.run import build_pretraining_model, num_patches
+    from aimv2_vlm.scaling import training_flops
 
     total = 0.0
     for number in range(len(ARMS[arm])):
@@ -122,12 +122,7 @@ def arm_flops(root: Path, arm: str) -> float:
         recipe = load_recipe("pretrain", str(run / "recipe.yaml"))
         recipe.encoder.path = recipe.decoder.path = None
         row = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if '"tokens"' in line][-1]
-        patches, share = num_patches(recipe), recipe.objective.caption_patches
-        with torch.device("meta"):
-            model = build_pretraining_model(recipe, recipe.text.vocab_size)
-        total += 3 * model.forward_flops(
-            row["samples"], num_patches=patches, num_tokens=row["tokens"] - row["samples"] * patches, scored_patches=row["samples"] * patches / 2,
-            caption_patches=round(patches * share) if share < 1 else None)
+        total += training_flops(recipe, recipe.text.vocab_size, row["samples"], row["tokens"])
     return total
 
 

@@ -15,7 +15,7 @@ from conftest import TINY_PRETRAINING, run_cli
 from aimv2_vlm import scaling
 from aimv2_vlm.config import ScalingConfig, UserError
 from aimv2_vlm.recipe import load_recipe, parse_overrides
-from aimv2_vlm.scaling import Curve, Point, analyse, answer, cost, envelope, optimal_sizes, parametric_fit, plan
+from aimv2_vlm.scaling import Curve, Point, analyse, answer, envelope, optimal_sizes, parametric_fit, plan, training_flops
 
 # 4 and 8 steps of 8 samples; with a cooldown over a fifth 40 and 80 samples, of 96
 TINY = {
@@ -158,7 +158,7 @@ def test_studies_that_break_a_rule_are_refused_in_one_line(config, override, wor
 
 def test_the_papers_study_costs_what_the_paper_trains():
     arms = plan(load_recipe("scaling", "paper", ["data_root=/data"]))
-    costs = [cost(arm.trunk, 32_000, 1, 256 + 77)[1] / 1e12 for arm in arms]
+    costs = [training_flops(arm.trunk, 32_000, 1, 256 + 77) / 1e12 for arm in arms]
     assert costs == pytest.approx([0.83, 1.41, 2.27, 4.57], rel=0.01)
     assert all(arm.trunk.optim.schedule == "half_cosine" and arm.starts[-1] == 610_352 and len(arm.starts) == 7 for arm in arms)
     assert [arm.trunk.optim.lr for arm in arms] == [1e-3, 8e-4, 8e-4, 4e-4]
