@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
 
+GOLDEN = Path(__file__).parent / "golden"
 TINY_PRETRAINING = [
     "image.size=28", "encoder.hidden_size=32", "encoder.intermediate_size=48", "encoder.num_layers=1", "encoder.num_heads=2",
     "decoder.hidden_size=32", "decoder.intermediate_size=48", "decoder.num_layers=1", "decoder.num_heads=2", "optim.warmup_steps=2",
@@ -43,6 +45,20 @@ def run_cli(*words: object, check: bool = True) -> Done:
     if check and status:
         raise AssertionError(f"exit status {status}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
+
+
+def copy_golden(name: str, folder: Path, change=lambda state: None, config: bool = True) -> Path:
+    """A golden checkpoint as users have it, in `folder`/`name`, after `change` to its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    source = folder / name
+    source.mkdir(parents=True)
+    state = load_file(GOLDEN / name / "weights.safetensors")
+    change(state)
+    save_file(state, source / "model.safetensors")
+    if config:
+        shutil.copy(GOLDEN / name / "config.json", source)
+    return source
 
 
 @pytest.fixture(scope="session")

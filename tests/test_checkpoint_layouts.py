@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN, copy_golden
 from safetensors.torch import load_file, save_file
 
 from aimv2_vlm.config import UserError
@@ -13,7 +13,6 @@ from aimv2_vlm.models import checkpoints
 from aimv2_vlm.models.encoder import build_encoder, encode, load_encoder, resize_positions
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 
-GOLDEN = Path(__file__).parent / "golden"
 POSITIONS = "embeddings.position_embedding.weight"
 SIZES = {"image_size": 56, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
 
@@ -44,18 +43,6 @@ def assert_same_weights(one, other):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-
-
-def copy_golden(name, tmp_path, change=lambda state: None, config=True):
-    """A golden checkpoint as users have it, after `change` to its tensors."""
-    folder = tmp_path / name
-    folder.mkdir()
-    state = load_file(GOLDEN / name / "weights.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
-    if config:
-        shutil.copy(GOLDEN / name / "config.json", folder)
-    return folder
 
 
 # What is written

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import GOLDEN, copy_golden, run_cli
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPImageProcessor
 
@@ -17,7 +15,6 @@ from aimv2_vlm.models.contrastive import make_text_causal
 from aimv2_vlm.models.encoder import build_encoder, encode, load_encoder
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 
-GOLDEN = Path(__file__).parent / "golden"
 LAYOUT = {"encoder_fixed": "apple_encoder", "encoder_native": "apple_encoder", "two_tower": "apple_two_tower", "pretraining": "apple_trainer"}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -31,23 +28,11 @@ def converted(tmp_path_factory):
 
     def make(name):
         if name not in made:
-            receipt = convert.convert(golden(name, root), root / f"{name}.stock", versions={"python": "3"})
+            receipt = convert.convert(copy_golden(name, root), root / f"{name}.stock", versions={"python": "3"})
             made[name] = root / f"{name}.stock", receipt
         return made[name]
 
     return make
-
-
-def golden(name, folder, change=lambda state: None, config=True):
-    """A golden checkpoint as users have it, after `change` to its tensors."""
-    source = folder / name
-    source.mkdir(parents=True)
-    state = load_file(GOLDEN / name / "weights.safetensors")
-    change(state)
-    save_file(state, source / "model.safetensors")
-    if config:
-        shutil.copy(GOLDEN / name / "config.json", source)
-    return source
 
 
 def assert_same_tensors(one, other):
@@ -239,7 +224,7 @@ def exchanging(one, other):
 def test_a_wrong_renaming_is_caught(name, one, other, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "to_transformers", exchanging(one, other))
     with pytest.raises(UserError, match="does not compute what the source does"):
-        convert.convert(golden(name, tmp_path), tmp_path / "out")
+        convert.convert(copy_golden(name, tmp_path), tmp_path / "out")
     assert_nothing_at(tmp_path / "out")
 
 
@@ -250,7 +235,7 @@ def test_a_wrong_renaming_beside_the_encoder_is_caught(side, tmp_path, monkeypat
     one, other = (f"{prefix}.layers.0.attention.{letter}_proj" for letter in "qk")
     monkeypatch.setattr(checkpoints, "to_transformers", exchanging(one, other))
     with pytest.raises(UserError, match="does not compute what the source does"):
-        convert.convert(golden(name, tmp_path), tmp_path / "out")
+        convert.convert(copy_golden(name, tmp_path), tmp_path / "out")
 
 
 def test_a_wrong_renaming_to_apples_names_is_caught(converted, tmp_path, monkeypatch):
@@ -286,12 +271,12 @@ def test_a_damaged_result_is_caught(damage, tmp_path, monkeypatch):
     right = convert._write_transformers
     monkeypatch.setattr(convert, "_write_transformers", write)
     with pytest.raises(UserError, match="does not compute what the source does"):
-        convert.convert(golden("encoder_fixed", tmp_path), tmp_path / "out")
+        convert.convert(copy_golden("encoder_fixed", tmp_path), tmp_path / "out")
     assert_nothing_at(tmp_path / "out")
 
 
 def test_numbers_that_are_none_are_no_proof(tmp_path):
-    source = golden("encoder_fixed", tmp_path, lambda state: state["trunk.post_trunk_norm.weight"].fill_(float("nan")))
+    source = copy_golden("encoder_fixed", tmp_path, lambda state: state["trunk.post_trunk_norm.weight"].fill_(float("nan")))
     with pytest.raises(UserError, match="not finite"):
         convert.convert(source, tmp_path / "out")
 
@@ -302,7 +287,7 @@ def test_weights_that_blind_the_proof_are_named(tmp_path):
             if key.endswith("attn.proj.weight"):
                 state[key].zero_()
 
-    receipt = convert.convert(golden("encoder_fixed", tmp_path, deaden), tmp_path / "out")
+    receipt = convert.convert(copy_golden("encoder_fixed", tmp_path, deaden), tmp_path / "out")
     assert any("blind" in note for note in receipt["notes"])
 
 
@@ -330,7 +315,7 @@ def without(key):
 )  # fmt: skip
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(name, change, to, named, tmp_path):
     with pytest.raises(UserError, match=named):
-        convert.convert(golden(name, tmp_path, change), tmp_path / "out", to)
+        convert.convert(copy_golden(name, tmp_path, change), tmp_path / "out", to)
     assert_nothing_at(tmp_path / "out")
 
 
@@ -340,7 +325,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(name, change, t
      ({"num_attention_heads": "two"}, "num_attention_heads"), ({"rms_norm_eps": "small"}, "rms_norm_eps")],
 )  # fmt: skip
 def test_a_text_tower_needs_its_numbers(change, named, tmp_path):
-    source = golden("two_tower", tmp_path)
+    source = copy_golden("two_tower", tmp_path)
     config = json.loads((source / "config.json").read_text())
     config["text"] |= change
     (source / "config.json").write_text(json.dumps(config))
@@ -350,7 +335,7 @@ def test_a_text_tower_needs_its_numbers(change, named, tmp_path):
 
 def test_heads_are_never_guessed_in_silence(tmp_path):
     with pytest.raises(UserError, match="number of heads is unknown"):
-        convert.convert(golden("encoder_fixed", tmp_path, config=False), tmp_path / "out")
+        convert.convert(copy_golden("encoder_fixed", tmp_path, config=False), tmp_path / "out")
     build_encoder(image_size=28, hidden_size=256, intermediate_size=16, num_layers=1, num_heads=2).save_pretrained(tmp_path / "wide")
     (tmp_path / "wide" / "config.json").unlink()
     receipt = convert.convert(tmp_path / "wide", tmp_path / "guessed")
@@ -364,7 +349,7 @@ def test_bad_places_are_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
 
-    source = golden("encoder_fixed", tmp_path)
+    source = copy_golden("encoder_fixed", tmp_path)
     assert "no such file" in error(tmp_path / "absent", tmp_path / "out")
     used = tmp_path / "used"
     used.mkdir()
@@ -382,7 +367,7 @@ def test_bad_places_are_one_line(tmp_path):
 
 
 def test_a_conversion_that_stops_half_way_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
-    source, out = golden("encoder_native", tmp_path), tmp_path / "out"
+    source, out = copy_golden("encoder_native", tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(convert, "prove", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -1,10 +1,10 @@
 """Features, predictions, losses and gradients equal those of Apple's own code (see tests/golden)."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from aimv2_vlm.models import checkpoints
@@ -12,7 +12,6 @@ from aimv2_vlm.models.encoder import encode, load_encoder
 from aimv2_vlm.models.masks import ATTENTION_IMPLEMENTATIONS
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 
-GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 each_attention = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
