@@ -163,9 +163,7 @@ def small_probe(recipe: ProbeRecipe, optim: dict[str, Any]) -> None:
 
 def judged_pictures(recipe: ProbeRecipe, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The chosen point's judged pictures, one by one."""
-    chosen = result["selected"]
-    file = Path(recipe.out) / "test" / f"lr_{chosen['lr']:g}_wd_{chosen['weight_decay']:g}" / "samples.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (Path(recipe.out) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------- findings

@@ -21,6 +21,7 @@ from aimv2_vlm.data.labelled import FrozenFeatures, LabelledDataset, open_splits
 from aimv2_vlm.data.order import Draws
 from aimv2_vlm.data.transforms import EvalTransform, decode_image
 from aimv2_vlm.evaluation import probing
+from aimv2_vlm.models.backbone import load_backbone
 from aimv2_vlm.models.encoder import build_encoder, encode, load_encoder
 from aimv2_vlm.models.probe import AttentiveHead, AttentiveProbe, TokenNorm
 from aimv2_vlm.train.loop import Stopped
@@ -142,17 +143,17 @@ def test_a_hole_and_a_batch_that_is_not_finite_leave_no_trace_in_the_statistics(
 
 def test_encoder_is_frozen_in_evaluation_mode_and_its_normalised_features_are_used(encoder_path):
     encoder = load_encoder(encoder_path)
-    model = AttentiveProbe(encoder, 3, batch_size=2).train()
-    assert model.head.training and model.norm.training and not any(module.training for module in encoder.modules())
+    model = AttentiveProbe(load_backbone(encoder_path), 3, batch_size=2).train()
+    assert model.head.training and model.norm.training and not any(module.training for module in model.encoder.modules())
     pixels = torch.randn(5, 3, SIZE, SIZE)
     torch.testing.assert_close(model.features(pixels), encode(encoder, pixels), rtol=0, atol=1e-5)
     assert model.head.num_heads == HEADS
     model(pixels).sum().backward()
-    assert all(p.grad is None for p in encoder.parameters()) and all(p.grad is not None for p in model.head.parameters())
+    assert all(p.grad is None for p in model.encoder.parameters()) and all(p.grad is not None for p in model.head.parameters())
 
 
 def test_objective_counts_good_rows_and_sums_entropy_and_errors(encoder_path):
-    model, objective = AttentiveProbe(load_encoder(encoder_path), 3).eval(), ProbeObjective(14, [0.5] * 3, [0.25] * 3)
+    model, objective = AttentiveProbe(load_backbone(encoder_path), 3).eval(), ProbeObjective(14, [0.5] * 3, [0.25] * 3)
     batch = {"pixels": torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8), "labels": torch.tensor([0, 1, 2, 0]),
              "weights": torch.tensor([1.0, 1.0, 0.0, 1.0]), "bad": ["x: y"]}
     assert objective.counts(batch) == {"classification": 3, "samples": 4, "tokens": 12}

@@ -19,6 +19,7 @@ import torch
 from aimv2_vlm.config import LabelledData, ProbeAugmentation, UserError
 from aimv2_vlm.data.augmentation import AugmentedTransform
 from aimv2_vlm.data.order import Order, combine, draws
+from aimv2_vlm.data.recognition import find_split, split_differs
 from aimv2_vlm.data.shards import IMAGE_EXTENSIONS
 from aimv2_vlm.data.transforms import MAX_BYTES, BadImage, EvalTransform, TrainTransform, decode_image
 
@@ -45,12 +46,18 @@ class Picture:
 
 
 def read_split(data: LabelledData, split: str) -> list[Picture]:
-    """The pictures of one split in the order of their names (rows of parquet files in stored order).
+    """The pictures of one split in the order of their names (rows of parquet files and lists in stored order).
 
-    Pictures of parquet files are held in memory. Raises UserError where the split, a column or a label is missing.
+    With `data.name`, of a set of data/recognition.py as it lies below `data.path`. Pictures of parquet files are held in memory.
+    Raises UserError where the split, a column or a label is missing.
     """
     if not data.path:
         raise UserError("data.path: names no labelled pictures; give a folder of <split>/<class>/* or of <split>-*.parquet")
+    if data.name:
+        rows, data, split = find_split(data, "train" if split == data.train else "test")
+        if rows is not None:
+            return [Picture(name, label, source, file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest())
+                    for name, label, source in rows]
     root, place = Path(data.path), Path(data.path) / split
     if place.is_dir():
         return _read_folder(place)
@@ -70,13 +77,14 @@ def _read_folder(folder: Path) -> list[Picture]:
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in sorted(group.rglob("*")):
             if file.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not file.is_dir():
-                pictures.append(Picture(str(file.relative_to(folder.parent)), group.name, file, _file_digest(file)))
+                pictures.append(Picture(str(file.relative_to(folder.parent)), group.name, file, file_digest(file)))
     if not pictures:
         raise UserError(f"{folder}: holds no <class>/<picture>")
     return pictures
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content, of its name where it cannot be read."""
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -99,11 +107,12 @@ def _read_parquet(file: Path, data: LabelledData) -> list[Picture]:
         if missing := [column for column in wanted if column not in present]:
             raise UserError(f"{file}: no column {', '.join(missing)} (columns: {', '.join(present)}); set data.image_column or data.label_column")
         class_names = _class_names(table.schema_arrow.metadata, data.label_column)
+        where_names = {column: _class_names(table.schema_arrow.metadata, column) for column in data.where}
         pictures, row = [], -1
         for batch in table.iter_batches(batch_size=64, columns=list(dict.fromkeys(wanted))):
             for cells in batch.to_pylist():
                 row += 1
-                if all(str(cells[column]) == value for column, value in data.where.items()):
+                if all(_is(cells[column], value, where_names[column]) for column, value in data.where.items()):
                     cell, name = cells[data.image_column], f"{file}: row {row}"
                     content = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
                     if not isinstance(content, bytes):
@@ -123,6 +132,11 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] 
         return None
 
 
+def _is(cell: Any, wanted: str, names: list[str] | None) -> bool:
+    """Whether a cell has the wanted value, as it is written or by the name of its class."""
+    return str(cell) == wanted or (names is not None and isinstance(cell, int) and 0 <= cell < len(names) and names[cell] == wanted)
+
+
 def _label(value: Any, class_names: list[str] | None, where: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -140,7 +154,8 @@ def _label(value: Any, class_names: list[str] | None, where: str) -> str:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint pictures of a data set: `train` without `selection`, its 10 % for choosing hyper-parameters, and `test`."""
+    """Disjoint pictures of a data set (`duplicates: keep` leaves pictures of test in train, as it was published): `train` without
+    `selection`, its 10 % for choosing hyper-parameters, and `test`."""
 
     classes: list[str]
     fit: list[Picture]
@@ -171,15 +186,19 @@ def open_splits(data: LabelledData, seed: int) -> Splits:
     shared = [picture.name for picture in train if picture.digest in held]
     if shared and data.duplicates == "refuse":
         raise UserError(f"{data.path}: {len(shared)} pictures of {data.train} are in {data.test} too (first: {shared[0]}); remove them "
-                        "or set data.duplicates=drop, which trains without them")
+                        "or set data.duplicates=drop, which trains without them (keep: the set as it was published)")
     # One content under two classes is a mistake in the data that no probe can mend; it is counted, not judged.
     two_labels = sum(len(labels) > 1 for labels in _labels_of_contents([*train, *test]).values())
-    train = [picture for picture in train if picture.digest not in held]
+    if data.duplicates != "keep":
+        train = [picture for picture in train if picture.digest not in held]
     if left := sorted(set(classes) - {picture.label for picture in train}):
         raise UserError(f"{data.path}: without the pictures of {data.test}, {data.train} has none of {', '.join(left[:5])}")
     chosen = _chosen(train, data.selection, seed)
     copies = Counter(picture.digest for picture in train)
-    report = {"train": len(train), "test": len(test), "classes": len(classes), "duplicates_dropped_from_train": shared[:1000],
+    report = {"train": len(train), "test": len(test), "classes": len(classes),
+              "duplicates_dropped_from_train": shared[:1000] if data.duplicates == "drop" else [],
+              "duplicates_kept_in_train": len(shared) if data.duplicates == "keep" else 0,
+              "differs_from_published": split_differs(data.name, len(train), len(test), len(classes)) if data.name else "",
               "copies_within_train": sum(count - 1 for count in copies.values()), "contents_with_two_labels": two_labels}
     fit, selection = ([p for p in train if (p.digest in chosen) == inside] for inside in (False, True))
     return Splits(classes, fit, selection, test, report)

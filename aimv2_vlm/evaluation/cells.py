@@ -1,0 +1,112 @@
+"""Models x data sets without answers in words (probes, zero-shot): cells, one ledger row each, gone on with where they were stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aimv2_vlm.config import UserError
+from aimv2_vlm.evaluation.sweep import read_ledger
+from aimv2_vlm.train.directory import acquire_lock, versions, write_atomically
+from aimv2_vlm.train.distributed import Placement
+from aimv2_vlm.train.loop import Stopped
+from aimv2_vlm.train.metrics import say
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One line of the ledger: `model` on `benchmark`. `depends`: all that its numbers depend on and that is known before it runs."""
+
+    model: str
+    benchmark: str
+    depends: Any
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps([self.model, self.benchmark, self.depends], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder(self) -> str:
+        """A name for what the cell keeps beside its row."""
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{self.model}__{self.benchmark}") + f"__{self.key[:8]}"
+
+
+def check_names(models: Sequence[Any], data_sets: Sequence[Any], out: str | None) -> tuple[list[str], list[str]]:
+    """(names of models, names of data sets); without `name` a model is called by its folder, a set by `title`, `name` or folder.
+
+    Raises UserError where the config names none, or one name twice.
+    """
+    for key, entries in (("models", models), ("data_sets", data_sets), ("out", out)):
+        if not entries:
+            raise UserError(f"{key}: empty; an evaluation needs models, data_sets and where to write")
+    names: list[list[str]] = [[], []]
+    for key, entries, found in (("models", models, names[0]), ("data_sets", data_sets, names[1])):
+        for entry in entries:
+            if not entry.path:
+                raise UserError(f"{key}: {entry.name or 'an entry'} has no path")
+            folder = Path(entry.path)
+            name = getattr(entry, "title", "") or entry.name or (folder.parent.name if folder.name == "final" else folder.name)
+            if name in found:
+                raise UserError(f"{key}: the name {name} occurs twice; give each entry its own {'title' if hasattr(entry, 'title') else 'name'}")
+            found.append(name)
+    return names[0], names[1]
+
+
+def run_cells(
+    out: str, cells: Sequence[Cell], run: Callable[[Cell], dict[str, Any]], placement: Placement, restart: bool = False
+) -> int:
+    """Run every cell that `<out>/ledger.jsonl` does not hold; `run` returns a row's own columns (score and interval in points).
+
+    Rows of these cells from other checkpoints, data or settings are taken out. What fails stands in `failed.jsonl` and is tried again
+    by the same command. A collective call: all processes run each cell, the main one writes. Returns 0 when every cell is finished.
+    """
+    folder = Path(out)
+    ledger, failures = folder / "ledger.jsonl", []
+    lock, done = None, []
+    if placement.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(folder)
+        keys = {(cell.model, cell.benchmark): cell.key for cell in cells}
+        rows = [] if restart else read_ledger(ledger, repair=True)
+        done = [row for row in rows if keys.get((row["model"], row["benchmark"]), row["key"]) == row["key"]]
+        _write(ledger, done)
+    try:
+        finished = set(placement.gather_strings([row["key"] for row in done]))
+        if placement.is_main:
+            say(f"evaluation: {len(cells)} cells, {sum(c.key in finished for c in cells)} finished before")
+        for cell in [cell for cell in cells if cell.key not in finished]:
+            started = time.monotonic()
+            try:
+                columns = run(cell)
+            except Stopped:
+                raise
+            except Exception as error:  # a cell must not end the others; its reason is kept
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                failures.append({"model": cell.model, "benchmark": cell.benchmark, "control": None, "reason": reason})
+                if placement.is_main:
+                    say(f"failed: {cell.model} / {cell.benchmark}: {'' if isinstance(error, UserError) else type(error).__name__ + ': '}{reason}")
+                continue
+            if placement.is_main:
+                done.append({"key": cell.key, "model": cell.model, "benchmark": cell.benchmark, "control": None} | columns
+                            | {"versions": versions(), "seconds": round(time.monotonic() - started, 1)})
+                _write(ledger, done)
+                low, high = columns["interval"]
+                say(f"{cell.model} / {cell.benchmark}: {columns['metric']} {columns['score']:.1f} [{low:.1f}, {high:.1f}] on "
+                    f"{columns['num_questions']:,} of {columns['split']}, {done[-1]['seconds']} s")
+        if placement.is_main:
+            _write(folder / "failed.jsonl", failures)
+            say(f"evaluation: {len(failures)} cells failed, see {folder / 'failed.jsonl'}; the same command tries them again" if failures
+                else f"evaluation: finished, {len(cells)} cells in {ledger}")
+    finally:
+        if lock is not None:
+            lock.close()
+    return int(bool(failures))
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
