@@ -1,6 +1,8 @@
-"""Benchmark folders: `<root>/<name>/data/<split>-*.parquet`, one question a row, and how it is asked.
+"""Benchmarks: what is asked, how, and where it lies.
 
-A folder may hold `benchmark.json` {"metric", "prompt_suffix", "split"}; the embedded ones have theirs in `tasks/`.
+Own folders are `<root>/<name>/data/<split>-*.parquet`, one question a row, and may hold `benchmark.json` {"metric",
+"prompt_suffix", "split"}; the embedded ones have theirs in `tasks/`. The public ones (`hub_sets.py`) are read from mirrors of the
+hub's files below the same root, under their own names (`aimv2_vqav2_val`, …).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import random
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +23,31 @@ from typing import Any
 import yaml
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.metrics import METRIC_NAMES, most_frequent, normalize_answer
+from aimv2_vlm.evaluation.hub_sets import (
+    HUB_SETS,
+    OPTION_LETTER,
+    SINGLE_WORD,
+    HubSet,
+    as_questions,
+    iterate_parquet,
+    picture_bytes,
+    picture_digest,
+)
+from aimv2_vlm.evaluation.metrics import LETTER_METRICS, METRIC_NAMES, SUBMISSION, most_frequent, normalize_answer
 
 TASKS = Path(__file__).parent / "tasks"
-SINGLE_WORD = "Answer the question using a single word or phrase."  # Table C2
-OPTION_LETTER = "Answer with the option's letter from the given choices directly."
-SUFFIX_OF_METRIC = {
-    "exact_match": SINGLE_WORD, "anls": SINGLE_WORD, "relaxed_accuracy": SINGLE_WORD, "option_letter": OPTION_LETTER,
-    "cider": "",
-}  # fmt: skip
+SUFFIX_OF_METRIC = dict.fromkeys(METRIC_NAMES, SINGLE_WORD) | dict.fromkeys(LETTER_METRICS, OPTION_LETTER) | {"mme": "", "cider": ""}
 COLUMNS = ("id", "picture_id", "image", "question", "question_form", "answers", "options", "answer_letter", "attribute")
 
 
 def build_prompt(question: str, options: Sequence[str] = (), suffix: str = "") -> str:
-    """The user's words: the question, options as "A. circle" lines, the suffix on a line of its own (Table C2)."""
+    """The user's words: the question, options as "A. circle" lines, the suffix on a line of its own (Table C2).
+
+    A suffix that begins with a space goes on in the last line.
+    """
     lettered = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]
-    return "\n".join([question, *lettered, *filter(None, [suffix])])
+    asked = "\n".join([question, *lettered])
+    return asked + suffix if suffix.startswith(" ") or not suffix else f"{asked}\n{suffix}"
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -44,7 +55,10 @@ def build_prompt(question: str, options: Sequence[str] = (), suffix: str = "") -
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark as it lies on disk; `rows` hold every column but the picture, in file order."""
+    """One benchmark as it lies on disk; `rows` hold every column but the picture, in file order.
+
+    `split` says so where a mirror holds another number of questions than the benchmark has: a part is not the split.
+    """
 
     name: str
     folder: Path
@@ -53,10 +67,58 @@ class Benchmark:
     prompt_suffix: str
     data_hash: str
     rows: list[dict[str, Any]]
+    hub: HubSet | None = None
+    shots: tuple[Any, ...] = ()  # fewshot.Shot: asked before every question
 
     @property
     def prompts(self) -> list[str]:
         return [build_prompt(row["question"], row["options"], self.prompt_suffix) for row in self.rows]
+
+    def task_content(self, task: str, max_new_tokens: int, cache_dir: str | Path) -> dict[str, Any]:
+        """The lmms-eval task of this benchmark: what its file says beyond the shipped one that it includes.
+
+        `cache_dir` takes the Arrow copy of an own folder; mirrors use the cache of `datasets`, so that gigabytes are copied once.
+        """
+        line_break = "\n" if self.prompt_suffix and not self.prompt_suffix.startswith(" ") else ""
+        kwargs = {"pre_prompt": "", "post_prompt": line_break + self.prompt_suffix}
+        content = {
+            "task": task,
+            "generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False, "until": []},
+            "lmms_eval_specific_kwargs": {"default": kwargs},
+        }
+        if self.hub is None:
+            return content | {
+                "include": str(TASKS / f"_{self.metric}.yaml"),
+                "dataset_path": str(self.folder.resolve()),
+                "dataset_kwargs": {"cache_dir": str(Path(cache_dir).resolve())},
+                "test_split": self.split,
+            }
+        folder = self.folder.resolve()
+        if self.hub.picture_files:
+            kwargs["pictures"] = [str(file) for file in sorted(folder.glob(self.hub.picture_files))]
+        if self.metric == SUBMISSION:  # the sweep writes the file itself, from all of a cell's parts
+            content["metric_list"] = [{"metric": SUBMISSION, "aggregation": "bypass", "higher_is_better": True}]
+        files = [str(file) for file in sorted(folder.glob(self.hub.files))]
+        return content | {
+            "include": str(TASKS / f"{self.hub.name}.yaml"),
+            "dataset_kwargs": {"data_files": {self.hub.split: files}},
+        }
+
+    def pictures(self) -> Iterator[tuple[str, bytes | None]]:
+        """(picture_id, bytes) of every picture that is asked about, each once."""
+        if self.hub is not None and self.hub.picture_files:
+            files, columns = sorted(self.folder.glob(self.hub.picture_files)), ("id", "image")
+            asked = {row["picture_id"] for row in self.rows}
+            yield from ((row["id"], picture_bytes(row["image"])) for row in iterate_parquet(files, columns) if row["id"] in asked)
+            return
+        files = sorted(self.folder.glob(self.hub.files if self.hub else f"data/{self.split}-*.parquet"))
+        number_of = {row.get("table_row", i): row["picture_id"] for i, row in enumerate(self.rows)}
+        seen: set[str] = set()
+        for number, row in enumerate(iterate_parquet(files, ("image",))):
+            picture = number_of.get(number)
+            if picture is not None and picture not in seen:
+                seen.add(picture)
+                yield picture, picture_bytes(row["image"])
 
 
 class _TagBlindLoader(yaml.SafeLoader):
@@ -83,27 +145,145 @@ def _shipped_task(name: str) -> dict[str, Any] | None:
 def find_benchmarks(root: str | Path, names: Iterable[str]) -> list[tuple[str, Path | UserError]]:
     """Folders of the named benchmarks below `root`; the name of a set (a folder of benchmarks) stands for its members.
 
-    A name that does not exist comes with a UserError that lists the nearest ones.
+    The name of a public benchmark stands for its mirror. A name that does not exist, or whose mirror does not, comes with a
+    UserError that says what to do.
     """
     root = Path(root)
+    names = list(names)
+    public = {name: _mirror(root, HUB_SETS[name]) for name in names if name in HUB_SETS}
+    if len(public) == len(names):
+        return list(public.items())
     known = {str(data.parent.relative_to(root)): data.parent for data in sorted(root.glob("**/data")) if data.is_dir()}
     found: list[tuple[str, Path | UserError]] = []
     for name in names:
         members = [known_name for known_name in known if known_name.startswith(f"{name}/")]
-        if name in known:
+        if name in public:
+            found.append((name, public[name]))
+        elif name in known:
             found.append((name, known[name]))
         elif members:
             found += [(member, known[member]) for member in members]
-        elif not known:
+        elif not known and not name.startswith("aimv2_"):
             found.append((name, UserError(f"benchmarks: {name}: {root} holds no benchmark (<name>/data/*.parquet)")))
         else:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)[:3]
+            near = difflib.get_close_matches(name, [*known, *HUB_SETS], n=3, cutoff=0.3) or sorted(known)[:3]
             found.append((name, UserError(f"benchmarks: {name} is not in {root}; nearest: {', '.join(near)}")))
     return found
 
 
+def _mirror(root: Path, hub_set: HubSet) -> Path | UserError:
+    folder = root / hub_set.folder
+    if not folder.is_dir():
+        return UserError(f"benchmarks: {hub_set.name}: {folder} is missing; put the files of {hub_set.hub} there "
+                         "(`aimv2-vlm eval --plan CONFIG` lists all that is needed)")  # fmt: skip
+    return folder
+
+
+def check_mirror(hub_set: HubSet, folder: Path) -> int:
+    """Number of rows in the files of a mirror. UserError where files or columns are missing; reads headers only."""
+    import pyarrow
+    import pyarrow.parquet
+
+    total = 0
+    wanted = [(hub_set.files, hub_set.all_columns)]
+    wanted += [(hub_set.picture_files, ("id", "image"))] if hub_set.picture_files else []
+    for pattern, columns in wanted:
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise UserError(f"{folder}: no {pattern}; {hub_set.name} needs these files of {hub_set.hub}")
+        _check_parts(hub_set, files)
+        for file in files:
+            try:
+                with pyarrow.parquet.ParquetFile(file) as parquet:
+                    _check_columns(file, parquet.schema_arrow.names, columns)
+                    total += parquet.metadata.num_rows if pattern == hub_set.files else 0
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise UserError(f"{file}: not readable as parquet ({str(error).splitlines()[0]})") from None
+    return total
+
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})")
+
+
+def _check_parts(hub_set: HubSet, files: Sequence[Path]) -> None:
+    """A set uploaded in parts is whole: each part once, none missing."""
+    parts = [found.groups() for found in (_PART.search(file.name) for file in files) if found]
+    totals = {total for _, total in parts}
+    if len(totals) > 1 or len(set(parts)) < len(parts):
+        twice = Counter(part for part, _ in parts).most_common(1)[0][0]
+        raise UserError(f"{files[0].parent}: part {twice} of {hub_set.hub} lies there more than once (two uploads?); keep one of each")
+    if parts and len(parts) < int(parts[0][1]):
+        raise UserError(f"{files[0].parent}: {len(parts)} of {int(parts[0][1])} parts of {hub_set.hub}; fetch the missing ones")
+
+
+def _check_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -> None:
+    missing = [column for column in wanted if column not in present]
+    if missing:
+        near = difflib.get_close_matches(missing[0], present, n=2, cutoff=0.3) or present
+        raise UserError(f"{file}: column {', '.join(missing)} missing; nearest to {missing[0]}: {', '.join(near)}")
+
+
+def _digest_files(files: Iterable[Path]) -> Any:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest
+
+
+def _read_mirror(hub_set: HubSet, folder: Path, pattern: str = "") -> Benchmark:
+    """A public benchmark; with `pattern` other rows in its columns (training questions, for shots)."""
+    import pyarrow.parquet
+
+    if not pattern:
+        check_mirror(hub_set, folder)
+    files = sorted(folder.glob(pattern or hub_set.files))
+    names = [pyarrow.parquet.read_schema(file).names for file in files]
+    for file, present in zip(files, names, strict=True):
+        _check_columns(file, present, hub_set.all_columns)
+    columns = [*hub_set.columns, *(column for column in hub_set.optional if all(column in present for present in names))]
+    rows = list(iterate_parquet(files, columns, batch=4096))
+
+    def digests() -> list[str]:
+        return [picture_digest(picture_bytes(row["image"])) for row in iterate_parquet(files, ("image",))]
+
+    try:
+        questions, kept = as_questions(hub_set, rows, digests)
+    except ValueError as error:
+        raise UserError(f"{files[0].parent}: {error}") from None
+    for question, number in zip(questions, kept, strict=True):
+        question["table_row"] = number
+    digest = _digest_files([*files, *sorted(folder.glob(hub_set.picture_files))] if hub_set.picture_files else files)
+    split = hub_set.split
+    if not pattern and len(questions) != hub_set.rows:
+        split = f"{split}, {len(questions)} of {hub_set.rows} questions"
+    return Benchmark(hub_set.name, folder, split, hub_set.metric, hub_set.suffix, digest.hexdigest()[:16], questions, hub_set)
+
+
+def _check_questions(folder: Path, metric: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Every question has an id of its own and a right answer; MME's come in pairs. Raises UserError."""
+    if not rows:
+        raise UserError(f"{folder}: the benchmark has no questions")
+    ids = Counter(row["id"] for row in rows)
+    twice = [row_id for row_id, count in ids.items() if count > 1]
+    if twice:
+        raise UserError(f"{folder}: {len(twice)} question ids occur more than once, for instance {twice[0]}")
+    for row in rows:
+        if metric != SUBMISSION and not row["answers"] or (metric in LETTER_METRICS and not row["answer_letter"]):
+            raise UserError(f"{folder}: question {row['id']} has no answer for the metric {metric}")
+    if metric == "mme":
+        of_picture = Counter((row["attribute"], row["picture_id"]) for row in rows)
+        odd = next((picture for (_, picture), count in of_picture.items() if count != 2), None)
+        if odd is not None:
+            raise UserError(f"{folder}: picture {odd} has not two questions; MME counts pairs")
+
+
 def read_benchmark(name: str, folder: str | Path) -> Benchmark:
     """Opens one folder and checks it. UserError names file, column or row, and the reason."""
+    if name in HUB_SETS:
+        benchmark = _read_mirror(HUB_SETS[name], Path(folder))
+        _check_questions(benchmark.folder, benchmark.metric, benchmark.rows)
+        return benchmark
     import pyarrow
     import pyarrow.parquet
 
@@ -126,33 +306,18 @@ def read_benchmark(name: str, folder: str | Path) -> Benchmark:
     files = sorted((folder / "data").glob(f"{split}-*.parquet"))
     if not files:
         raise UserError(f"{folder / 'data'}: no {split}-*.parquet")
-    digest, rows = hashlib.sha256(), []
+    digest, rows = _digest_files(files), []
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
         try:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 present = parquet.schema_arrow.names
-                missing = [column for column in COLUMNS if column not in present]
-                if missing:
-                    near = difflib.get_close_matches(missing[0], present, n=2, cutoff=0.3) or present
-                    raise UserError(
-                        f"{file}: column {', '.join(missing)} missing; nearest to {missing[0]}: {', '.join(near)}"
-                    )
+                _check_columns(file, present, COLUMNS)
                 rows += parquet.read(columns=[column for column in present if column != "image"]).to_pylist()
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{file}: not readable as parquet ({str(error).splitlines()[0]})") from None
     if card.is_file():
         digest.update(card.read_bytes())
-    if not rows:
-        raise UserError(f"{folder}: the benchmark has no questions")
-    ids = Counter(row["id"] for row in rows)
-    twice = [row_id for row_id, count in ids.items() if count > 1]
-    if twice:
-        raise UserError(f"{folder}: {len(twice)} question ids occur more than once, for instance {twice[0]}")
-    for row in rows:
-        if not row["answers"] or (metric == "option_letter" and not row["answer_letter"]):
-            raise UserError(f"{folder}: question {row['id']} has no answer for the metric {metric}")
+    _check_questions(folder, metric, rows)
     suffix = declared.get("prompt_suffix", SUFFIX_OF_METRIC[metric])
     return Benchmark(name, folder, split, metric, suffix, digest.hexdigest()[:16], rows)
 

@@ -1,16 +1,17 @@
-"""Scores of generated answers (spec.md 5): exact match, option's letter, ANLS, relaxed accuracy, CIDEr without Java.
+"""Scores of generated answers (Table C2): exact match, VQA accuracy, option's letter, ANLS, relaxed accuracy, MME, CIDEr without Java.
 
-A score of one answer lies in 0..1; CIDEr of one caption lies in 0..10, as pycocoevalcap prints it. Uncertainty is
-bootstrapped over *pictures*: all the questions of one picture form one cluster.
+A score of one answer lies in 0..1; CIDEr of one caption lies in 0..10, as pycocoevalcap prints it. `benchmark_score` makes the
+number that is reported. Uncertainty is that of *pictures*: all the questions of one picture form one cluster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +37,67 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return 0.0
 
 
+def gqa_exact(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the answer equals one of the given ones without case and without any punctuation (lmms-eval's rule for GQA)."""
+    return float(_unpunctuated(prediction) in map(_unpunctuated, answers))
+
+
+def _unpunctuated(text: str) -> str:
+    return text.lower().translate(_NO_PUNCTUATION)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+# The VQA evaluation's English: a word that lacks one apostrophe gets it back, small numbers become digits, articles go.
+_APOSTROPHES = (
+    "'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've "
+    "o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd "
+    "someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd "
+    "they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd where's "
+    "where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've "
+    "y'all'll you'd you'd've you'll you're you've"
+).split()
+_VQA_WORDS = {word[:i] + word[i + 1 :]: word for word in _APOSTROPHES for i, letter in enumerate(word) if letter == "'"}
+_VQA_WORDS["somebody'd"] = "somebodyd"  # a slip of the official table, kept because scores are compared
+_VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_VQA_NUMBERS["none"] = "0"
+_VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_VQA_FULL_STOP = re.compile(r"\.(?!\d)")
+_COMMA_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")
+
+
+def normalize_vqa(text: str, challenge: bool = False) -> str:
+    """An answer as the official VQA evaluation compares it (VQAv2). `challenge`: as the EvalAI servers of TextVQA, OK-VQA and
+    VizWiz do, which also drop commas and question marks at first and part off a possessive 's."""
+    if challenge:
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    whole = text
+    for mark in _VQA_PUNCTUATION:  # between letters a mark parts words, beside a space (or with 1,000 in the text) it vanishes
+        vanishes = f"{mark} " in whole or f" {mark}" in whole or _COMMA_IN_NUMBER.search(whole)
+        text = text.replace(mark, "" if vanishes else " ")
+    words = _VQA_FULL_STOP.sub("", text, count=32).lower().split()  # 32: the official call passes a flag as the count
+    words = [_VQA_NUMBERS.get(word, word) for word in words]
+    return " ".join(_VQA_WORDS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], challenge: bool = False) -> float:
+    """Soft accuracy: the mean, over each annotator left out, of min(1, equal answers among the others / 3)."""
+    wanted, given = [normalize_vqa(answer, challenge) for answer in answers], normalize_vqa(prediction, challenge)
+    equal = sum(answer == given for answer in wanted)
+    return sum(min(1.0, (equal - (answer == given)) / 3) for answer in wanted) / len(wanted) if wanted else 0.0
+
+
+def yes_no(prediction: str) -> str:
+    """What MME's evaluation reads: "yes", "no" or "other", from the first four letters ("y" and "n" stand for the words)."""
+    text = prediction.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    return "yes" if "yes" in text[:4] else "no" if "no" in text[:4] else "other"
+
+
 def levenshtein(first: str, second: str) -> int:
     """Number of insertions, deletions and substitutions between two strings."""
     if len(first) < len(second):
@@ -54,12 +116,11 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
     Lower-cased, white space folded. A similarity of exactly the threshold counts, as in the official script.
     """
-    prediction = " ".join(prediction.lower().split())
+    given = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:
-        answer = " ".join(answer.lower().split())
-        length = max(len(prediction), len(answer))
-        best = max(best, 1.0 - levenshtein(prediction, answer) / length if length else 1.0)
+        length = max(len(prediction), len(answer))  # as written, as in the official script
+        best = max(best, 1.0 - levenshtein(given, " ".join(answer.lower().split())) / length if length else 1.0)
     return best if best >= threshold else 0.0
 
 
@@ -104,6 +165,17 @@ def option_letter(prediction: str, options: Sequence[str] = ()) -> str:
 def option_accuracy(prediction: str, letter: str, options: Sequence[str] = ()) -> float:
     """1 if the answer names the right option's letter (or spells out that option), else 0."""
     return float(option_letter(prediction, options) == letter.strip().upper() != "")
+
+
+def first_letter(prediction: str, letter: str) -> float:
+    """1 if the answer begins with the right option's letter: how lmms-eval reads SEED-Bench."""
+    return float(prediction.strip()[:1].upper() == letter.strip().upper() != "")
+
+
+def letter_alone(prediction: str, letter: str) -> float:
+    """1 if the answer is the right option's letter, or begins with it as "A.": how LLaVA and lmms-eval read ScienceQA."""
+    text, letter = prediction.strip(), letter.strip().upper()
+    return float(letter != "" and (text.upper() == letter or text[:2] == f"{letter}."))
 
 
 # ---------------------------------------------------------------------------------------------- captions
@@ -183,19 +255,61 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np
 # Every metric of one answer: (prediction, benchmark row) -> 0..1. CIDEr needs the whole set and stands apart.
 SINGLE_METRICS: dict[str, Callable[[str, Mapping], float]] = {
     "exact_match": lambda prediction, row: exact_match(prediction, row["answers"]),
+    "vqa_accuracy": lambda prediction, row: vqa_accuracy(prediction, row["answers"]),
+    "vqa_accuracy_challenge": lambda prediction, row: vqa_accuracy(prediction, row["answers"], challenge=True),
+    "gqa_exact": lambda prediction, row: gqa_exact(prediction, row["answers"]),
     "anls": lambda prediction, row: anls(prediction, row["answers"]),
     "relaxed_accuracy": lambda prediction, row: relaxed_accuracy(prediction, row["answers"]),
-    "option_letter": lambda prediction, row: option_accuracy(prediction, row["answer_letter"], row["options"]),
+    "option_letter": lambda prediction, row: option_accuracy(prediction, row["answer_letter"], row.get("options", ())),
+    "first_letter": lambda prediction, row: first_letter(prediction, row["answer_letter"]),
+    "letter_alone": lambda prediction, row: letter_alone(prediction, row["answer_letter"]),
+    "mme": lambda prediction, row: float(yes_no(prediction) == yes_no(row["answers"][0])),
 }
 METRIC_NAMES = (*SINGLE_METRICS, "cider")
+LETTER_METRICS = ("option_letter", "first_letter", "letter_alone")
+SUBMISSION = "submission"  # in place of a metric: the answers are withheld, a file for the organisers' server is written
 
 
 def score_answers(metric: str, predictions: Sequence[str], rows: Sequence[Mapping]) -> np.ndarray:
-    """Score of each answer under the named metric; rows hold `answers`, `options` and `answer_letter`."""
+    """Score of each answer under the named metric, NaN where the answers are withheld; rows hold `answers`, `options`,
+    `answer_letter`."""
+    if metric == SUBMISSION:
+        return np.full(len(predictions), np.nan)
     if metric == "cider":
         return cider(predictions, [row["answers"] for row in rows])
     score = SINGLE_METRICS[metric]
     return np.array([score(text, row) for text, row in zip(predictions, rows, strict=True)], dtype=float)
+
+
+def benchmark_score(metric: str, scores: Sequence[float], rows: Sequence[Mapping]) -> float:
+    """The reported number: 100 x the mean; of MME the sum over subtasks (`attribute`) of (accuracy + accuracy+) x 100.
+
+    MME's accuracy+ counts pictures whose questions are all right. Raises ValueError without scores.
+    """
+    if len(scores) == 0:
+        raise ValueError("no scores to sum up")
+    if metric != "mme":
+        return 100.0 * float(np.mean(scores))
+    (total,) = _mme_totals(scores, rows, None)
+    return float(total)
+
+
+def _mme_totals(scores: Sequence[float], rows: Sequence[Mapping], drawn_DC: np.ndarray | None) -> np.ndarray:
+    """MME's sum; with `drawn_DC` for each of D draws of the pictures (in the order of their sorted keys)."""
+    keys = [f"{row['attribute']}\0{row['picture_id']}" for row in rows]
+    names, picture_of = np.unique(keys, return_inverse=True)
+    counts = np.bincount(picture_of)
+    accuracy = np.bincount(picture_of, weights=np.asarray(scores, dtype=float)) / counts
+    values = accuracy + (accuracy == 1.0)
+    if drawn_DC is None:
+        drawn_DC = np.ones((1, len(names)))
+    subtask_of = np.array([name.partition("\0")[0] for name in names])
+    totals = np.zeros(len(drawn_DC))
+    for subtask in np.unique(subtask_of):  # pictures weigh equally: each subtask asks as many questions about each
+        own = drawn_DC[:, subtask_of == subtask]
+        drawn = own.sum(axis=1)
+        totals += 100.0 * (own @ values[subtask_of == subtask]) / np.maximum(drawn, 1)
+    return totals
 
 
 # ---------------------------------------------------------------------------------------------- uncertainty
@@ -227,6 +341,97 @@ def bootstrap_interval(
     means = np.concatenate([drawn @ sums / (drawn @ counts) for drawn in _cluster_draws(len(sums), num, generator)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def score_interval(
+    metric: str, scores: Sequence[float], rows: Sequence[Mapping], seed: int = 0, num: int = 2000
+) -> tuple[float, float]:
+    """95 % interval of `benchmark_score`, in its unit, with pictures (`picture_id`) as clusters.
+
+    Means: lmms-eval's clustered standard error and the normal quantile, cut at 0 and 100. CIDEr and MME: bootstrap over pictures.
+    """
+    clusters = [str(row["picture_id"]) for row in rows]
+    if metric == "cider":
+        low, high = bootstrap_interval(scores, clusters, seed, num)
+        return 100.0 * low, 100.0 * high
+    if metric == "mme":
+        low, high = np.quantile(_mme_totals(scores, rows, _mme_draws(rows, num, seed)), [0.025, 0.975])
+        return float(low), float(high)
+    mean, error = float(np.mean(scores)), clustered_error(scores, clusters)
+    low, high = (mean, mean) if np.isnan(error) else (mean - 1.96 * error, mean + 1.96 * error)
+    return 100.0 * max(0.0, low), 100.0 * min(1.0, high)
+
+
+def paired_scores(
+    metric: str, first: Sequence[float], second: Sequence[float], rows: Sequence[Mapping], seed: int = 0, num: int = 2000
+) -> tuple[float, float, float, float | None]:
+    """(difference, low, high, p) of two models in the unit of `benchmark_score`, on the same questions `rows`.
+
+    Means: `paired_test`. CIDEr and MME: bootstrap over pictures, the same draws for both models; p is None.
+    """
+    if metric == "cider":
+        difference, low, high = paired_difference([first], [second], [[row["picture_id"] for row in rows]], seed, num)
+        return 100.0 * difference, 100.0 * low, 100.0 * high, None
+    if metric == "mme":
+        drawn = _mme_draws(rows, num, seed)
+        low, high = np.quantile(_mme_totals(first, rows, drawn) - _mme_totals(second, rows, drawn), [0.025, 0.975])
+        return benchmark_score(metric, first, rows) - benchmark_score(metric, second, rows), float(low), float(high), None
+    difference, low, high, p = paired_test(first, second, [str(row["picture_id"]) for row in rows])
+    return 100.0 * difference, 100.0 * low, 100.0 * high, p
+
+
+def _mme_draws(rows: Sequence[Mapping], num: int, seed: int) -> np.ndarray:
+    """How often each picture is drawn, (num, pictures): of each subtask as many as the benchmark has."""
+    names = np.unique([f"{row['attribute']}\0{row['picture_id']}" for row in rows])
+    subtask_of = np.array([name.partition("\0")[0] for name in names])
+    generator = np.random.default_rng(seed)
+    drawn_DC = np.zeros((num, len(names)))
+    for subtask in np.unique(subtask_of):
+        columns = np.flatnonzero(subtask_of == subtask)
+        drawn_DC[:, columns] = generator.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=num)
+    return drawn_DC
+
+
+def clustered_error(scores: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Standard error of the mean when the scores of one cluster are dependent (lmms-eval's); NaN below two scores."""
+    with strict_pillow():
+        from lmms_eval.api.metrics import clustered_stderr
+    return float(clustered_stderr([float(score) for score in scores], list(clusters)))
+
+
+@contextlib.contextmanager
+def strict_pillow() -> Iterator[None]:
+    """Importing lmms-eval makes Pillow accept truncated pictures; around that import the setting stays what it was."""
+    from PIL import ImageFile
+
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+
+
+def paired_test(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[float, float, float, float]:
+    """(difference of means, low, high, p) of two models' scores on the same questions, pictures as clusters.
+
+    lmms-eval's paired t-test with its clustered standard error of the differences; equal to it where every picture has one
+    question. Degrees of freedom: pictures - 1. ValueError for lists of different lengths or fewer than two pictures.
+    """
+    from scipy import stats
+
+    if not len(first) == len(second) == len(clusters):
+        raise ValueError(f"{len(first)}, {len(second)} scores and {len(clusters)} pictures are not paired")
+    num = len(set(clusters))
+    if num < 2:
+        raise ValueError(f"{num} pictures: a paired test needs at least two")
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, error = float(differences.mean()), clustered_error(differences, clusters)
+    if error == 0:
+        return mean, mean, mean, float(mean == 0)
+    reach = float(stats.t.ppf(0.975, num - 1)) * error
+    return mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean / error), num - 1))
 
 
 def paired_difference(
