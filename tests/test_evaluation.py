@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile
 
-from aimv2_vlm.config import EvalModel, UserError
+from aimv2_vlm.config import EvalConfig, EvalModel, UserError
 from aimv2_vlm.data.transforms import BadImage
 from aimv2_vlm.evaluation.generation import (
     GenerationError,
@@ -393,7 +394,7 @@ def test_pixels_and_prompts_are_those_of_tuning(tuned, tuning_rows, tiling, pad_
 
 
 def test_chat_shows_the_model_what_tuning_did(tuned, tuning_rows, monkeypatch, capsys):
-    from aimv2_vlm.serve.chat import chat
+    from aimv2_vlm.serve.chat import CONTROLS, chat
 
     picture = tuning_rows / "wide.png"
     answers = []
@@ -403,7 +404,7 @@ def test_chat_shows_the_model_what_tuning_did(tuned, tuning_rows, monkeypatch, c
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {picture}.gone\n/image {picture}\nWhat?\n"))
         assert chat(str(folder), max_new_tokens=6) == 0
         out, err = capsys.readouterr()
-        assert answer and answer in out
+        assert answer and CONTROLS.sub("\ufffd", answer) in out
         assert "wide.png.gone: no picture" in err
         answers.append(answer)
     assert answers[0] != answers[1], "padding must matter, or equality shows nothing"
@@ -478,14 +479,13 @@ def conversations(tmp_path_factory, oracle_rows) -> Path:
 
 def make_config(
     out: Path, root: Path, models: dict[str, Path], conversations: Path | None = None, **changes
-) -> SimpleNamespace:
+) -> EvalConfig:
     values = dict(
-        out=str(out), seed=3, precision="fp32", benchmarks=["set"], benchmark_root=str(root), convert={},
-        controls=["blind", "wrong_picture"], train_conversations=[str(conversations)] if conversations else [],
-        limit=None, batch_size=4, max_new_tokens=5,
+        out=str(out), seed=3, precision="fp32", benchmarks=["set"], benchmark_root=str(root),
+        train_conversations=[str(conversations)] if conversations else [], batch_size=4, max_new_tokens=5, unit=4, checked=3,
         models=[EvalModel(str(path), name) for name, path in models.items()],
     )  # fmt: skip
-    return SimpleNamespace(**{**values, **changes})
+    return EvalConfig(**{**values, **changes})
 
 
 def sweep(config) -> tuple[int, list[str]]:
@@ -584,10 +584,51 @@ def test_a_sweep_cut_inside_a_line_ends_with_the_same_ledger(finished, tmp_path)
     assert_goes_on(finished, out, missing=3)
 
 
+def test_processes_share_a_sweep_and_leave_the_ledger_of_one(finished, tmp_path, capfd, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    status, lines = sweep(replace(finished.config, out=str(tmp_path), processes=2))
+    assert status == 0 and "finished, 12 cells" in lines[-1]
+    assert comparable(tmp_path / "ledger.jsonl") == finished.rows
+    helper = capfd.readouterr().out
+    assert "sweep: finished, 12 cells" in helper and "failed" not in helper
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_sweep_stopped_inside_a_cell_goes_on_inside_the_cell(finished, tmp_path, monkeypatch):
+    config = replace(finished.config, out=str(tmp_path), benchmarks=["set/words"], controls=[], models=finished.config.models[:1])
+    stock, asked = Generator.answer, []
+
+    def stopping(self, questions, *more):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(questions))
+        return stock(self, questions, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Generator, "answer", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config)
+    assert asked == [4, 4]
+    monkeypatch.setattr(Generator, "answer", lambda self, questions, *more: asked.append(len(questions)) or stock(self, questions, *more))
+    assert sweep(config)[0] == 0 and asked == [4, 4, 2]
+    (expected,) = (row for row in finished.rows if (row["model"], row["benchmark"], row["control"]) == ("one", "set/words", None))
+    assert comparable(tmp_path / "ledger.jsonl") == [expected]
+
+
+def test_the_ledger_says_what_was_checked_and_cut(finished):
+    for row in finished.rows:
+        samples = [json.loads(line) for line in (finished.out / row["samples"]).read_text().splitlines()]
+        assert row["num_checked"] == 3 == sum(sample["check"] is not None for sample in samples) and row["flips"] == row["ties"] == 0
+        assert all(sample["check"]["stock"] == sample["prediction"] for sample in samples if sample["check"])
+        assert row["num_cut"] > 0 and row["first_error"] is None
+
+
 KILLED = """
 import json, os, signal, sys
 from types import SimpleNamespace
 from PIL import ImageFile
+from aimv2_vlm.config import EvalConfig
 from aimv2_vlm.evaluation.sweep import run_sweep
 
 def progress(line):
@@ -596,13 +637,13 @@ def progress(line):
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = json.loads(sys.argv[1], object_hook=lambda fields: SimpleNamespace(**fields))
-config.convert = {}
+config = EvalConfig(**vars(config) | {"convert": {}, "prompts": {}})
 run_sweep(config, progress)
 """
 
 
 def test_a_killed_sweep_ends_with_the_same_ledger_and_pillow_stays_strict(finished, tmp_path):
-    config = SimpleNamespace(**{**vars(finished.config), "out": str(tmp_path / "killed")})
+    config = replace(finished.config, out=str(tmp_path / "killed"))
     text = json.dumps(vars(config), default=vars)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, text], capture_output=True, text=True, timeout=600, check=False
@@ -612,7 +653,7 @@ def test_a_killed_sweep_ends_with_the_same_ledger_and_pillow_stays_strict(finish
 
 
 def assert_goes_on(finished, out: Path, missing: int) -> None:
-    status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out)}))
+    status, events = sweep(replace(finished.config, out=str(out)))
     assert status == 0 and f"{12 - missing} finished before, {missing} to run" in events[0]
     assert comparable(out / "ledger.jsonl") == finished.rows
     for row in finished.rows:
@@ -623,7 +664,7 @@ def test_a_changed_checkpoint_runs_again_and_replaces_its_rows(finished, tmp_pat
     out = shutil.copytree(finished.out, tmp_path / "again")
     changed = make_assistant(tmp_path / "changed", tiles=1, seed=9)
     models = [EvalModel(str(changed), "one"), finished.config.models[1]]
-    status, events = sweep(SimpleNamespace(**{**vars(finished.config), "out": str(out), "models": models}))
+    status, events = sweep(replace(finished.config, out=str(out), models=models))
     rows = comparable(out / "ledger.jsonl")
     assert status == 0 and "6 finished before, 6 to run" in events[0] and len(rows) == 12
     assert len({row["model_digest"] for row in rows if row["model"] == "one"}) == 1
@@ -637,15 +678,15 @@ def test_an_exception_is_a_counted_error_and_never_an_empty_answer(assistants, t
     rows[4]["image"] = {"bytes": rows[4]["image"]["bytes"][:200], "path": "cut.jpg"}
     rows[5]["image"] = rows[4]["image"]
     write_benchmark(tmp_path / "root" / "words", rows, {"metric": "exact_match"})
-    original = Generator._generate_ids
+    original = Generator._answer_rows
 
-    def failing(self, batch, ids, features, max_new_tokens):
-        if any(i == 0 for i in batch):
+    def failing(self, members, rows, max_new_tokens):
+        if any(i == 0 for i in members):
             raise RuntimeError("injected")
-        return original(self, batch, ids, features, max_new_tokens)
+        return original(self, members, rows, max_new_tokens)
 
-    monkeypatch.setattr(Generator, "_generate_ids", failing)
-    config = make_config(tmp_path / "out", tmp_path / "root", {"one": assistants[1]}, benchmarks=["words"], controls=[])
+    monkeypatch.setattr(Generator, "_answer_rows", failing)
+    config = make_config(tmp_path / "out", tmp_path / "root", {"one": assistants[1]}, benchmarks=["words"], controls=[], unit=10)
     status, lines = sweep(config)
     (row,) = comparable(tmp_path / "out" / "ledger.jsonl")
     samples = [json.loads(line) for line in (tmp_path / "out" / row["samples"]).read_text().splitlines()]
@@ -716,11 +757,15 @@ def test_evaluate_writes_the_report_and_restart_forgets(assistants, benchmark_ro
     assert comparable(tmp_path / "ledger.jsonl")[0]["num_questions"] == 3
 
 
-def test_two_sweeps_into_one_folder_are_refused(finished, tmp_path):
-    from aimv2_vlm.evaluation.sweep import _locked
+def test_two_different_sweeps_into_one_folder_are_refused(finished, monkeypatch):
+    from aimv2_vlm.evaluation import sweep as module
 
-    with _locked(finished.out), pytest.raises(UserError, match="another process"):
-        sweep(finished.config)
+    monkeypatch.setattr(module, "PATIENCE_S", 0)
+    with module._joined(finished.out, finished.config):
+        with pytest.raises(UserError, match="another config"):
+            sweep(replace(finished.config, seed=4))
+        with pytest.raises(UserError, match="another process"), module._locked(finished.out):
+            pass
 
 
 def test_a_broken_line_inside_the_ledger_is_named(tmp_path):

@@ -1,27 +1,45 @@
 """Greedy answers to questions about pictures: batched, every picture encoded once, equal to one-at-a-time answers.
 
-Works with whatever plain `AutoModelForImageTextToText` + `AutoProcessor` open. Llava and LlavaNext get their picture
-features once per picture (handed to `generate` as `mm_encoder_outputs`); other classes get pixels with every question.
-A question that cannot be answered yields a `GenerationError`, never an empty string.
+Works with whatever plain `AutoModelForImageTextToText` + `AutoProcessor` open. Llava and LlavaNext encode a picture once, and
+what the questions of a picture have in common (template, picture) goes through the decoder once: its questions then stand
+beside each other in one row of the decoder, as branches that see the common part and themselves. Whether a decoder takes such
+rows is tried before they are used; one that does not gets the picture's features through stock `generate`. Other classes get
+pixels with every question. A question that cannot be answered yields a `GenerationError`, never an empty string.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os.path
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.cache_utils import Cache, DynamicLayer
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.tiling import Tiling, prepare_picture
 from aimv2_vlm.data.transforms import decode_image, to_rgb
 
 FEATURE_SHARING = ("llava", "llava_next")  # config.model_type of the classes that take `mm_encoder_outputs`
+# At most so many tokens of a batch's common parts go through the decoder at once: what keeps a GPU busy, what stays in a CPU's caches.
+PREFILL_TOKENS = {"cuda": 16_384, "cpu": 1024}
+BRANCH_TOKENS = 256  # a row's branches may be as long together as its common part, or this
+SHARED_TOKENS = 64  # rows that begin with as many equal tokens (in-context examples) compute these once
+# Settings of a generation config that do not change greedy answers; with any other, stock `generate` answers.
+HARMLESS_SETTINGS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "do_sample", "num_beams",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "early_stopping", "length_penalty", "use_cache",
+    "cache_implementation", "num_return_sequences", "transformers_version", "return_dict_in_generate", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "_from_model_config",
+}  # fmt: skip
 
 
 class GenerationError(Exception):
@@ -38,10 +56,40 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """What one user turn holds: pictures first, then the text."""
+    """What one user turn holds: pictures first, then the text. `before`: (role, text) of each earlier turn of the
+    conversation; then the pictures stand in front of the first of them, or `places` says how many stand in each turn."""
 
     prompt: str
     pictures: tuple[Picture, ...] = ()
+    before: tuple[tuple[str, str], ...] = ()
+    places: tuple[int, ...] = ()
+
+
+class Answer(str):
+    """The text of an answer. `token_ids`: those before the stop token; `cut`: it ended at the limit and not at a stop token."""
+
+    token_ids: tuple[int, ...]
+    cut: bool
+
+    def __new__(cls, text: str, token_ids: Sequence[int] = (), cut: bool = False) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.token_ids, answer.cut = tuple(token_ids), cut
+        return answer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer beside the one that plain transformers gives to the question alone.
+
+    `gap`: how far the first token that differs lies below the best one, in logits of the single answer. A difference is a `tie`
+    where that is within the rounding of the precision, else a `flip`.
+    """
+
+    ours: str
+    stock: str
+    gap: float = 0.0
+    tie: bool = False
+    flip: bool = False
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -86,10 +134,12 @@ def prepare_for(processor: Any, picture: Image.Image, source_size: int | None = 
 def load_assistant(path: str | Path, precision: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """Model and processor of any checkpoint that the plain transformers classes open, in evaluation mode.
 
+    An adapter that a run left apart (its folder in the checkpoint's) is put on and merged.
     Raises UserError where transformers would only warn: no processor, no chat template, missing weights.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from aimv2_vlm.models import adapters
     from aimv2_vlm.train.precision import choose_precision
 
     path = str(path)
@@ -107,13 +157,21 @@ def load_assistant(path: str | Path, precision: str = "auto", device: str | None
         raise UserError(f"{path}: its processor is a {type(processor).__name__}, not one for pictures and text")
     if not processor.chat_template:
         raise UserError(f"{path}: the processor has no chat template, so prompts are unknown; add chat_template.jinja")
+    adapter = Path(path) / adapters.ADAPTER
+    apart = adapter.is_dir()
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        # Whether an adapter fits is told by its base's exact weights.
+        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if apart else dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be loaded as an assistant: {_first_line(error)}") from error
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lost:
         raise UserError(f"{path}: {len(lost)} weights are missing or of another shape: {', '.join(lost[:5])}")
+    if apart:
+        adapters.load_adapter(model, adapter)
+        adapters.merge(model)
+        for parameter in model.parameters():  # not the buffers, which stay fp32 when transformers loads
+            parameter.data = parameter.data.to(dtype)
     return model.to(device).eval(), processor
 
 
@@ -144,14 +202,83 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# ---------------------------------------------------------------------------------------------- rows and their cache
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of the decoder: the tokens that its questions share, and the rest of each question, by number."""
+
+    prefix: list[int]
+    features: list[torch.Tensor]  # of the pictures, which all lie in the prefix
+    keys: tuple[Hashable, ...]  # of the same pictures
+    branches: list[tuple[int, list[int]]]
+
+    @property
+    def width(self) -> int:
+        return sum(len(ids) for _, ids in self.branches)
+
+    def only(self, chosen: set[int]) -> _Row:
+        return replace(self, branches=[branch for branch in self.branches if branch[0] in chosen])
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in room set aside once: the stock layer copies all of them with every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def reserve(self, like_BHSD: torch.Tensor, num_rows: int, length: int) -> None:
+        """Empty room for `num_rows`; the first `length` columns count as written."""
+        _, heads, _, width = like_BHSD.shape
+        # Zeros: what is masked must still be finite.
+        self.room = [like_BHSD.new_zeros(num_rows, heads, self.capacity, width) for _ in range(2)]
+        self.dtype, self.device, self.is_initialized = like_BHSD.dtype, like_BHSD.device, True
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+
+    def write(self, rows: list[int], keys_BHSD: torch.Tensor, values_BHSD: torch.Tensor) -> None:
+        index = torch.tensor(rows, device=keys_BHSD.device)
+        for room, states in zip(self.room, (keys_BHSD, values_BHSD), strict=True):
+            room[index, :, : states.shape[2]] = states
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.reserve(key_states, len(key_states), 0)
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        length = self.keys.shape[2]
+        self.room = [room[indices] for room in self.room]
+        self._show(length)
+
+
+class _PrefixKnown(Exception):
+    """The last layer has its keys and values: what it would still compute of a prefix, nobody reads."""
+
+
+class _LastLayer(DynamicLayer):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        super().update(key_states, value_states)
+        raise _PrefixKnown
+
+
 # ---------------------------------------------------------------------------------------------- generation
 
 
 class Generator:
     """Answers questions with one model. Greedy; answers do not depend on the batch (up to rounding).
 
-    `source_size` reduces every picture first (`prepare_for`), `tiling` overrides the checkpoint's grid.
-    Raises UserError at once where a picture alone fills the decoder's positions.
+    `source_size` reduces every picture first (`prepare_for`), `tiling` overrides the checkpoint's grid, `num_workers` threads
+    open and prepare the pictures of the next questions. `share_features=False` gives pixels with every question,
+    `share_prefix=False` the whole prompt. Raises UserError at once where a picture alone fills the decoder's positions.
     """
 
     def __init__(
@@ -163,15 +290,21 @@ class Generator:
         source_size: int | None = None,
         tiling: str | None = None,
         share_features: bool | None = None,
+        share_prefix: bool | None = None,
+        num_workers: int = 2,
     ) -> None:
-        if batch_size < 1 or max_new_tokens < 1:
-            raise UserError(f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+        if batch_size < 1 or max_new_tokens < 1 or num_workers < 1:
+            raise UserError(
+                f"batch_size ({batch_size}), max_new_tokens ({max_new_tokens}) and num_workers ({num_workers}) must be at least 1"
+            )
         if tiling is not None:
             set_tiling(model, processor, tiling)
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.batch_size, self.max_new_tokens, self.source_size = batch_size, max_new_tokens, source_size
+        self.batch_size, self.max_new_tokens, self.source_size, self.num_workers = batch_size, max_new_tokens, source_size, num_workers
         sharing = model.config.model_type in FEATURE_SHARING
         self.share_features = sharing if share_features is None else share_features and sharing
+        if share_prefix is False or not self.share_features:
+            self.shares_prefix = False
         stops = model.generation_config.eos_token_id
         stops = self.tokenizer.eos_token_id if stops is None else stops
         self.stop_ids = sorted({stops} if isinstance(stops, int) else set(stops or ()))
@@ -179,8 +312,10 @@ class Generator:
         self.pad_id = pad if pad is not None else (self.stop_ids[0] if self.stop_ids else 0)
         self.num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.image_id = getattr(model.config, "image_token_id", None)
+        self.control_tokens = tuple(self.tokenizer.get_added_vocab())
         self.tiles_per_picture = 1
         self.tokens_seen: dict[Hashable, int] = {}  # picture key -> placeholders it took
+        self._examples: tuple[list[int], tuple, list] | None = None  # beginning of the last rows, its keys and values
         if self.share_features:
             self._check_picture_fits()
 
@@ -192,12 +327,41 @@ class Generator:
         """One grey square goes through the encoder: wrong processors and over-long pictures fail at load."""
         pixels = self._pixels([prepare_for(self.processor, Image.new("RGB", (64, 64), "grey"), self.source_size)])
         self.tiles_per_picture = pixels["pixel_values"].shape[1] if pixels["pixel_values"].dim() == 5 else 1
-        (features,) = self._features(pixels)
-        if self.num_positions is not None and len(features) >= self.num_positions:
+        (self._grey,) = self._features(pixels)
+        if self.num_positions is not None and len(self._grey) >= self.num_positions:
             raise UserError(
-                f"tiling {self.tiling}: one picture takes {len(features)} tokens, the decoder has "
+                f"tiling {self.tiling}: one picture takes {len(self._grey)} tokens, the decoder has "
                 f"{self.num_positions} positions; use fewer tiles or a decoder with a longer context"
             )
+
+    @cached_property
+    @torch.inference_mode()
+    def shares_prefix(self) -> bool:
+        """Whether rows with branches give this model's own logits: declared, then tried on a grey picture and two questions."""
+        settings = self.model.generation_config.to_diff_dict()
+        config = self.model.config.get_text_config()
+        windowed = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        windowed = windowed or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+        if settings.keys() - HARMLESS_SETTINGS or windowed or config._attn_implementation not in ("sdpa", "eager"):
+            return False
+        try:
+            asked = [Question(prompt, (Picture("grey", lambda: Image.new("RGB", (64, 64), "grey")),)) for prompt in ("1 2 3", "3 2 1 3 2")]
+            ids = {i: self._expanded_ids(question, [self._grey]) for i, question in enumerate(asked)}
+            rows, alone = self._rows(dict(enumerate(asked)), ids, {0: [self._grey], 1: [self._grey]})
+            if alone:
+                return False
+            branched = self._prefill(rows, 1)[0]
+            single = [self.model(**self._inputs([i], ids, {i: [self._grey]}), logits_to_keep=1).logits[0, -1] for i in ids]
+        except (GenerationError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+            return False
+        order = [i for row in rows for i, _ in row.branches]
+        single_NV = torch.stack([single[i] for i in order]).float()
+        return bool((branched.float() - single_NV).abs().max() <= 30 * self._rounding * single_NV.abs().max())
+
+    @property
+    def _rounding(self) -> float:
+        """What two orders of the same sums may differ by, relative to the largest logit."""
+        return 1e-4 if self.model.dtype == torch.float32 else 2**-6
 
     # ------------------------------------------------------------------ pictures
 
@@ -218,22 +382,28 @@ class Generator:
         except Exception as error:  # whatever a picture does, it is this picture's error
             return GenerationError(f"picture {picture.key}: {_first_line(error)}")
 
+    def _prepare(self, picture: Picture) -> dict[str, torch.Tensor] | GenerationError:
+        """What the encoder is given; without features to share, the picture that the processor is given."""
+        opened = self._open(picture)
+        if isinstance(opened, GenerationError) or not self.share_features:
+            return opened
+        try:
+            return self._pixels([opened])
+        except Exception as error:
+            return GenerationError(f"picture {picture.key}: {_as_generation_error(error)}")
+
     def _encode(self, pictures: dict[Hashable, Picture]) -> dict[Hashable, torch.Tensor | GenerationError]:
+        return self._encode_prepared({key: self._prepare(picture) for key, picture in pictures.items()})
+
+    def _encode_prepared(self, prepared: dict[Hashable, dict | GenerationError]) -> dict[Hashable, torch.Tensor | GenerationError]:
         """Features of every picture; where a group fails, each member is tried alone so that only the guilty fails."""
-        encoded: dict[Hashable, torch.Tensor | GenerationError] = {}
-        for group in _chunks(list(pictures.values()), max(1, self.batch_size // self.tiles_per_picture)):
-            opened = {picture.key: self._open(picture) for picture in group}
-            good = {key: image for key, image in opened.items() if not isinstance(image, GenerationError)}
-            encoded.update((key, error) for key, error in opened.items() if isinstance(error, GenerationError))
-            parts = _isolating(partial(self._encode_group, good), list(good))
-            for key, features in parts.items():
+        encoded = {key: part for key, part in prepared.items() if isinstance(part, GenerationError)}
+        for group in _chunks([key for key in prepared if key not in encoded], max(1, self.batch_size // self.tiles_per_picture)):
+            for key, features in _isolating(lambda keys: self._features(_stack([prepared[key] for key in keys])), group).items():
                 bad = isinstance(features, GenerationError)
                 encoded[key] = GenerationError(f"picture {key}: {features}") if bad else features
         self.tokens_seen.update((key, len(part)) for key, part in encoded.items() if isinstance(part, torch.Tensor))
         return encoded
-
-    def _encode_group(self, images: dict[Hashable, Image.Image], keys: list[Hashable]) -> list[torch.Tensor]:
-        return self._features(self._pixels([images[key] for key in keys]))
 
     # ------------------------------------------------------------------ prompts
 
@@ -241,12 +411,16 @@ class Generator:
         """The prompt as the checkpoint's template renders it, one image token a picture."""
         return self.processor.apply_chat_template(_messages(question), add_generation_prompt=True, tokenize=False)
 
+    def _has_control_tokens(self, question: Question) -> bool:
+        texts = [question.prompt, *(text for _, text in question.before)]
+        return any(token in text for text in texts for token in self.control_tokens)
+
     def _prompt_ids(self, question: Question) -> list[int]:
         """What stock inference tokenises; control tokens typed in the question's text stay text."""
         text = self.prompt_text(question)
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and text.startswith(bos)
-        if not any(token in question.prompt for token in self.tokenizer.get_added_vocab()):
+        if not self._has_control_tokens(question):
             return self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         ids = self.tokenizer.apply_chat_template(
             _messages(question),
@@ -286,75 +460,283 @@ class Generator:
         questions: Sequence[Question | tuple],
         max_new_tokens: int | None = None,
         on_progress: Callable[[int], None] | None = None,
-    ) -> list[str | GenerationError]:
+    ) -> list[Answer | GenerationError]:
         """One answer a question, in the given order; a plain tuple is ([PIL pictures], prompt).
 
         `on_progress` is called with the number of questions just finished.
         """
         asked = [_as_question(question) for question in questions]
-        answers: list[str | GenerationError] = [GenerationError("not reached")] * len(asked)
+        answers: list[Answer | GenerationError] = [GenerationError("not reached")] * len(asked)
         max_new_tokens = max_new_tokens or self.max_new_tokens
-        first_seen: dict[tuple, int] = {}
-        for question in asked:
-            first_seen.setdefault(tuple(picture.key for picture in question.pictures), len(first_seen))
-        by_picture = sorted(range(len(asked)), key=lambda i: first_seen[tuple(p.key for p in asked[i].pictures)])
-        # A window is large enough to sort by length in, and small enough to hold the features of its pictures.
-        windows = list(_chunks(by_picture, 8 * self.batch_size))
-        encoded: dict[Hashable, torch.Tensor | GenerationError] = {}
-        for window in windows:
-            wanted = {picture.key: picture for i in window for picture in asked[i].pictures}
-            if self.share_features:
-                encoded = {key: part for key, part in encoded.items() if key in wanted}
-                encoded |= self._encode({key: picture for key, picture in wanted.items() if key not in encoded})
-                finished = self._answer_shared({i: asked[i] for i in window}, encoded, max_new_tokens, on_progress)
-            else:
-                finished = self._answer_plain({i: asked[i] for i in window}, max_new_tokens, on_progress)
-            for i, text in finished.items():
-                answers[i] = text
+        windows = self._windows(asked)
+        wanted = [{picture.key: picture for i in window for picture in asked[i].pictures} for window in windows]
+        encoded: dict[Hashable, Any] = {}
+        opening: dict[Hashable, Future] = {}
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            for number, window in enumerate(windows):
+                for pictures in wanted[number : number + 2]:  # the next window's while this one is answered
+                    new = [key for key in pictures if key not in encoded and key not in opening]
+                    opening |= {key: pool.submit(self._prepare, pictures[key]) for key in new}
+                prepared = {key: opening.pop(key).result() for key in wanted[number] if key in opening}
+                if self.share_features:
+                    encoded |= self._encode_prepared(prepared)
+                else:
+                    encoded |= prepared
+                finished = self._answer_window({i: asked[i] for i in window}, encoded, max_new_tokens, on_progress)
+                for i, answer in finished.items():
+                    answers[i] = answer
+                later = wanted[number + 1] if number + 1 < len(wanted) else {}
+                encoded = {key: part for key, part in encoded.items() if key in later}
+        self._examples = None
         return answers
 
-    def _answer_shared(
-        self,
-        asked: dict[int, Question],
-        encoded: dict[Hashable, torch.Tensor | GenerationError],
-        max_new_tokens: int,
-        on_progress: Callable[[int], None] | None,
-    ) -> dict[int, str | GenerationError]:
-        answers: dict[int, str | GenerationError] = {}
-        features: dict[int, list[torch.Tensor]] = {}
+    def _windows(self, asked: list[Question]) -> list[list[int]]:
+        """Large enough to sort by length in, small enough to hold their pictures; questions of a picture stay together."""
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, question in enumerate(asked):
+            groups[tuple(picture.key for picture in question.pictures)].append(i)
+        windows: list[list[int]] = []
+        pictures: set[Hashable] = set()
+        for keys, members in groups.items():
+            for part in _chunks(members, 64 * self.batch_size):
+                pictures.update(keys)
+                if not windows or len(windows[-1]) >= 8 * self.batch_size or len(pictures) > 2 * self.batch_size:
+                    windows.append([])
+                    pictures = set(keys)
+                windows[-1] += part
+        return windows
+
+    def _answer_window(
+        self, asked: dict[int, Question], encoded: dict[Hashable, Any], max_new_tokens: int, on_progress: Callable[[int], None] | None
+    ) -> dict[int, Answer | GenerationError]:
+        """Questions whose pictures lie in `encoded` (features, else opened pictures)."""
+        answers: dict[int, Answer | GenerationError] = {}
+        shown: dict[int, list] = {}
         ids: dict[int, list[int]] = {}
         for i, question in asked.items():
             parts = [encoded[picture.key] for picture in question.pictures]
-            bad = next((part for part in parts if isinstance(part, GenerationError)), None)
             try:
+                bad = next((part for part in parts if isinstance(part, GenerationError)), None)
                 if bad is not None:
                     raise bad
-                features[i], ids[i] = parts, self._expanded_ids(question, parts)
+                if self.share_features:
+                    ids[i] = self._expanded_ids(question, parts)
+                shown[i] = parts
             except Exception as error:
                 answers[i] = _as_generation_error(error)
         if on_progress and answers:
             on_progress(len(answers))
-        by_length = sorted(ids, key=lambda i: -len(ids[i]))  # longest first: running out of memory shows at once
-        for batch in _chunks(by_length, self.batch_size):
-            answers |= _isolating(lambda batch: self._generate_ids(batch, ids, features, max_new_tokens), batch)
+        for batch, work in self._batches(asked, ids, shown, max_new_tokens):
+            answers |= _isolating(work, batch)
             if on_progress:
                 on_progress(len(batch))
         return answers
 
+    def _batches(
+        self, asked: dict[int, Question], ids: dict[int, list[int]], shown: dict[int, list], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], Callable[[list[int]], list[Answer]]]]:
+        """Questions answered at once, and how. Longest first: running out of memory shows at once."""
+        if not self.share_features:
+            by_length = sorted(shown, key=lambda i: (len(shown[i]), -len(asked[i].prompt)))
+            for batch in _same_number(by_length, shown, self.batch_size):
+                yield batch, partial(self._generate_plain, asked=asked, opened=shown, max_new_tokens=max_new_tokens)
+            return
+        rows, alone = self._rows(asked, ids, shown) if self.shares_prefix else ([], list(ids))
+        for batch in _row_batches(rows, self.batch_size):
+            members = [i for row in batch for i, _ in row.branches]
+            yield members, partial(self._answer_rows, rows=batch, max_new_tokens=max_new_tokens)
+        for members in _chunks(sorted(alone, key=lambda i: -len(ids[i])), self.batch_size):
+            yield members, partial(self._generate_ids, ids=ids, features=shown, max_new_tokens=max_new_tokens)
+
+    # ------------------------------------------------------------------ rows with branches
+
+    def _rows(
+        self, asked: dict[int, Question], ids: dict[int, list[int]], features: dict[int, list[torch.Tensor]]
+    ) -> tuple[list[_Row], list[int]]:
+        """Rows of questions about the same pictures, and the questions that end in a picture (no row can hold these)."""
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        alone = []
+        for i in ids:
+            if ids[i][-1] == self.image_id:
+                alone.append(i)
+            else:
+                groups[tuple(picture.key for picture in asked[i].pictures)].append(i)
+        rows = []
+        for keys, members in groups.items():
+            common = min(len(os.path.commonprefix([ids[i] for i in members])), *(len(ids[i]) - 1 for i in members))
+            ends = {i: _end_of_pictures(ids[i], self.image_id) for i in members}
+            together = len(members) > 1 and common >= max(ends.values())
+            parts = [(common, members)] if together else [(ends[i], [i]) for i in members]
+            for length, of_part in parts:
+                branches, room = [], max(length, BRANCH_TOKENS)
+                for i in sorted(of_part, key=lambda i: -len(ids[i])):
+                    if branches and sum(len(rest) for _, rest in branches) + len(ids[i]) - length > room:
+                        rows.append(_Row(ids[i][:length], features[i], keys, branches))
+                        branches = []
+                    branches.append((i, ids[i][length:]))
+                rows.append(_Row(ids[branches[0][0]][:length], features[branches[0][0]], keys, branches))
+        return sorted(rows, key=lambda row: (-len(row.prefix), -row.width)), alone
+
+    def _embed(self, ids: list[int], features: list[torch.Tensor]) -> torch.Tensor:
+        """Inputs of the decoder for one prompt or part of one, (S, D)."""
+        ids_S = torch.tensor(ids, device=self.model.device)
+        embedded_SD = self.model.get_input_embeddings()(ids_S)
+        if features:
+            embedded_SD[ids_S == self.image_id] = torch.cat(features).to(embedded_SD)
+        return embedded_SD
+
+    def _decoder(self, embedded_BSD: torch.Tensor, cache: Cache, **more: Any) -> torch.Tensor:
+        return self.model.model.language_model(inputs_embeds=embedded_BSD, past_key_values=cache, use_cache=True, **more).last_hidden_state
+
+    def _mask(self, can_attend_BQK: torch.Tensor) -> torch.Tensor:
+        """(B, 1, Q, K) as the attention implementation wants it."""
+        can_attend = can_attend_BQK[:, None]
+        if self.model.config.get_text_config()._attn_implementation == "sdpa":
+            return can_attend
+        dtype = self.model.dtype
+        return torch.zeros_like(can_attend, dtype=dtype).masked_fill_(~can_attend, torch.finfo(dtype).min)
+
+    def _common_examples(self, rows: list[_Row]) -> tuple[int, list]:
+        """What all rows begin with, computed once: its length, and (keys, values) of every layer; 0 where it is too short."""
+        prefix, keys = rows[0].prefix, rows[0].keys
+        if self._examples is not None:
+            ids, shown, states = self._examples
+            if all(row.prefix[: len(ids)] == ids and row.keys[: len(shown)] == shown for row in rows):
+                return len(ids), states
+        length, end, shown = len(os.path.commonprefix([row.prefix for row in rows])), 0, 0
+        for key, part in zip(keys, rows[0].features, strict=True):
+            start = prefix.index(self.image_id, end)
+            if start >= length or any(row.keys[shown : shown + 1] != (key,) for row in rows):
+                length = min(length, start)
+                break
+            end, shown = start + len(part), shown + 1
+        if len(rows) < 2 or length < SHARED_TOKENS:
+            return 0, []
+        states = self._states_after([], self._embed(prefix[:length], rows[0].features[:shown])[None])
+        self._examples = (prefix[:length], keys[:shown], states)
+        return length, states
+
+    def _states_after(self, states: list[tuple[torch.Tensor, torch.Tensor]], embedded_BSD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) of every layer after these inputs; `states` (one row) are those of what stands before them."""
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        layers: list[DynamicLayer] = [*(DynamicLayer() for _ in range(num_layers - 1)), _LastLayer()]
+        for layer, before in zip(layers, states, strict=False):
+            DynamicLayer.update(layer, *(part.expand(len(embedded_BSD), -1, -1, -1) for part in before))
+        if embedded_BSD.shape[1]:
+            with contextlib.suppress(_PrefixKnown):
+                self._decoder(embedded_BSD, Cache(layers=layers))
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def _prefix_cache(self, rows: list[_Row], room: int) -> Cache:
+        """Keys and values of all prefixes, each from column 0 on, with `room` more columns behind the longest."""
+        longest = max(len(row.prefix) for row in rows)
+        config = self.model.config.get_text_config()
+        layers = [_RoomyLayer(longest + room) for _ in range(config.num_hidden_layers)]
+        common, states = self._common_examples(rows)
+        device = self.model.device.type
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for r, row in enumerate(rows):
+            by_length[len(row.prefix)].append(r)
+        for length, members in by_length.items():
+            for chunk in _chunks(members, max(1, PREFILL_TOKENS.get(device, 16_384) // max(1, length))) if length else ():
+                embedded = [self._embed(rows[r].prefix, rows[r].features)[common:] for r in chunk]
+                for layer, (keys, values) in zip(layers, self._states_after(states, torch.stack(embedded)), strict=True):
+                    if not layer.is_initialized:
+                        layer.reserve(keys, len(rows), longest)
+                    layer.write(chunk, keys, values)
+        return Cache(layers=layers)
+
+    def _prefill(self, rows: list[_Row], max_new_tokens: int) -> tuple[torch.Tensor, Cache, torch.Tensor]:
+        """Logits after each question (branches in the order of the rows), the cache, and what each branch may attend.
+
+        That is (rows, branches + 1, columns), where the last branch of a row stands for an empty place.
+        """
+        device = self.model.device
+        longest, width = max(len(row.prefix) for row in rows), max(row.width for row in rows)
+        most = max(len(row.branches) for row in rows)
+        capacity = longest + width + most * max_new_tokens
+        cache = self._prefix_cache(rows, capacity - longest)
+        ids, branch_of = torch.full((len(rows), width), self.pad_id), torch.full((len(rows), width), most)
+        positions, ends = torch.zeros_like(ids), []
+        sees = torch.zeros(len(rows), most + 1, capacity, dtype=torch.bool)
+        for r, row in enumerate(rows):
+            sees[r, :, : len(row.prefix)] = True
+            start = 0
+            for j, (_, rest) in enumerate(row.branches):
+                columns = slice(start, start + len(rest))
+                ids[r, columns], branch_of[r, columns] = torch.tensor(rest), j
+                positions[r, columns] = torch.arange(len(row.prefix), len(row.prefix) + len(rest))
+                sees[r, j, longest + start : longest + start + len(rest)] = True
+                start += len(rest)
+                ends.append((r, start - 1))
+        ids, branch_of, sees = ids.to(device), branch_of.to(device), sees.to(device)
+        own_BQK = (branch_of[:, :, None] == branch_of[:, None, :]).tril()
+        rows_index = torch.arange(len(rows), device=device)[:, None]
+        can_attend_BQK = torch.cat([sees[rows_index, branch_of, :longest], own_BQK], dim=-1)
+        hidden_BSD = self._decoder(
+            self.model.get_input_embeddings()(ids), cache, attention_mask=self._mask(can_attend_BQK), position_ids=positions.to(device)
+        )
+        at = torch.tensor(ends, device=device)
+        return self.model.lm_head(hidden_BSD[at[:, 0], at[:, 1]]), cache, sees
+
     @torch.inference_mode()
-    def _generate_ids(
-        self,
-        batch: list[int],
-        ids: dict[int, list[int]],
-        features: dict[int, list[torch.Tensor]],
-        max_new_tokens: int,
-        **more: Any,
-    ) -> list[str]:
-        """Answers to questions by number; `more` goes to the model's `generate` (streamer, stopping_criteria)."""
+    def _answer_rows(self, members: list[int], rows: list[_Row], max_new_tokens: int) -> list[Answer]:
+        """Answers of `members`, which stand in `rows`. Finished branches and rows leave."""
+        chosen = set(members)
+        rows = [row for row in (row.only(chosen) for row in rows) if row.branches]
+        device, most = self.model.device, max(len(row.branches) for row in rows)
+        logits_NV, cache, sees = self._prefill(rows, max_new_tokens)
+        new = {i: [] for i in members}
+        stopped = set()
+        # (row, branch, question, position of the next token)
+        active = [(r, j, i, len(row.prefix) + len(rest)) for r, row in enumerate(rows) for j, (i, rest) in enumerate(row.branches)]
+        tokens = logits_NV.argmax(-1).tolist()
+        column, changed = sees.shape[2] - most * max_new_tokens, True
+        while True:
+            for (_, _, i, _), token in zip(active, tokens, strict=True):
+                (stopped.add(i) if token in self.stop_ids else new[i].append(token))
+            going = [place for place in active if place[2] not in stopped and len(new[place[2]]) < max_new_tokens]
+            changed |= len(going) < len(active)
+            active = going
+            if not active:
+                break
+            if changed:
+                left = sorted({r for r, *_ in active})
+                if 2 * len(left) <= len(sees):  # a row costs more than moving the others together, once they are few
+                    index = torch.tensor(left, device=device)
+                    cache.batch_select_indices(index)
+                    sees = sees[index]
+                    active = [(left.index(r), *rest) for r, *rest in active]
+                places: list[list[tuple]] = [[] for _ in range(len(sees))]
+                for place in active:
+                    places[place[0]].append(place)
+                width = max(map(len, places))
+                branch_of = torch.tensor([[p[1] for p in row] + [most] * (width - len(row)) for row in places], device=device)
+                positions = torch.tensor([[p[3] for p in row] + [0] * (width - len(row)) for row in places], device=device)
+                rows_index, slots = torch.arange(len(sees), device=device)[:, None], torch.arange(width, device=device)
+                flat = torch.tensor([r * width + s for r, row in enumerate(places) for s in range(len(row))], device=device)
+                active = [place for row in places for place in row]
+            ids = torch.full((len(sees) * width,), self.pad_id, device=device)
+            ids[flat] = torch.tensor([new[i][-1] for _, _, i, _ in active], device=device)
+            sees[rows_index, branch_of, column + slots] = True
+            can_attend_BQK = sees[rows_index, branch_of, : column + width]
+            hidden_BQD = self._decoder(
+                self.model.get_input_embeddings()(ids.view(len(sees), width)), cache, attention_mask=self._mask(can_attend_BQK),
+                position_ids=positions,
+            )  # fmt: skip
+            tokens = self.model.lm_head(hidden_BQD.flatten(0, 1)[flat]).argmax(-1).tolist()
+            active = [(r, j, i, position + 1) for r, j, i, position in active]
+            positions, column, changed = positions + 1, column + width, False
+        return [self._answer_of(new[i], i not in stopped) for i in members]
+
+    # ------------------------------------------------------------------ stock generate
+
+    def _inputs(self, batch: list[int], ids: dict[int, list[int]], features: dict[int, list[torch.Tensor]]) -> dict[str, Any]:
+        """What stock `forward` and `generate` of a Llava are given: padded on the left, so that all answers start at the same column."""
         length = max(len(ids[i]) for i in batch)
         input_ids_BS = torch.full((len(batch), length), self.pad_id)
         can_attend_BS = torch.zeros_like(input_ids_BS)
-        for row, i in enumerate(batch):  # padding on the left, so that all answers start at the same column
+        for row, i in enumerate(batch):
             input_ids_BS[row, length - len(ids[i]) :] = torch.tensor(ids[i])
             can_attend_BS[row, length - len(ids[i]) :] = 1
         parts = [part for i in batch for part in features[i]]
@@ -364,44 +746,27 @@ class Generator:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=parts)}
-        return self._decode(self._generate(inputs, max_new_tokens, **more)[:, length:])
+        return inputs
 
-    def _answer_plain(
-        self, asked: dict[int, Question], max_new_tokens: int, on_progress: Callable[[int], None] | None
-    ) -> dict[int, str | GenerationError]:
-        """Any other class: pictures are prepared and encoded with every question."""
-        answers: dict[int, str | GenerationError] = {}
-        opened: dict[int, list[Image.Image]] = {}
-        for i, question in asked.items():
-            images = [self._open(picture) for picture in question.pictures]
-            bad = next((image for image in images if isinstance(image, GenerationError)), None)
-            if bad is None:
-                opened[i] = images
-            else:
-                answers[i] = bad
-        if on_progress and answers:
-            on_progress(len(answers))
-        by_length = sorted(opened, key=lambda i: (len(opened[i]), -len(asked[i].prompt)))
-        for batch in _same_number(by_length, opened, self.batch_size):
-            answers |= _isolating(lambda batch: self._generate_plain(batch, asked, opened, max_new_tokens), batch)
-            if on_progress:
-                on_progress(len(batch))
-        return answers
+    @torch.inference_mode()
+    def _generate_ids(
+        self,
+        batch: list[int],
+        ids: dict[int, list[int]],
+        features: dict[int, list[torch.Tensor]],
+        max_new_tokens: int,
+        **more: Any,
+    ) -> list[Answer]:
+        """Answers to questions by number; `more` goes to the model's `generate` (streamer, stopping_criteria)."""
+        inputs = self._inputs(batch, ids, features)
+        return self._decode(self._generate(inputs, max_new_tokens, **more)[:, inputs["input_ids"].shape[1] :], max_new_tokens)
 
     @torch.inference_mode()
     def _generate_plain(
         self, batch: list[int], asked: dict[int, Question], opened: dict[int, list[Image.Image]], max_new_tokens: int
-    ) -> list[str]:
-        texts = [self.prompt_text(asked[i]) for i in batch]
-        bos = self.tokenizer.bos_token
-        inputs = self.processor(
-            text=texts,
-            images=[opened[i] for i in batch] if opened[batch[0]] else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=not (bool(bos) and texts[0].startswith(bos)),
-        ).to(self.model.device, self.model.dtype)
+    ) -> list[Answer]:
+        """Any class, as its model card says: the processor makes the inputs, pictures are encoded with every question."""
+        inputs = self._plain_inputs([asked[i] for i in batch], [opened[i] for i in batch])
         length = inputs["input_ids"].shape[1]
         if self.num_positions is not None and length >= self.num_positions:
             raise GenerationError(f"prompt of {length} tokens fills the decoder's {self.num_positions} positions")
@@ -410,9 +775,22 @@ class Generator:
                 if len(asked[i].pictures) == 1:
                     num = int((inputs["input_ids"][row] == self.image_id).sum())
                     self.tokens_seen[asked[i].pictures[0].key] = num
-        return self._decode(self._generate(dict(inputs), max_new_tokens)[:, length:])
+        return self._decode(self._generate(inputs, max_new_tokens)[:, length:], max_new_tokens)
 
-    def _generate(self, inputs: dict[str, Any], max_new_tokens: int, **more: Any) -> torch.Tensor:
+    def _plain_inputs(self, questions: list[Question], opened: list[list[Image.Image]]) -> dict[str, Any]:
+        texts = [self.prompt_text(question) for question in questions]
+        bos = self.tokenizer.bos_token
+        inputs = self.processor(
+            text=texts,
+            images=opened if opened[0] else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=not (bool(bos) and texts[0].startswith(bos)),
+        )
+        return dict(inputs.to(self.model.device, self.model.dtype))
+
+    def _generate(self, inputs: dict[str, Any], max_new_tokens: int, **more: Any) -> Any:
         # Sampling settings that a checkpoint brings along would only raise warnings: greedy uses none of them.
         return self.model.generate(
             **inputs,
@@ -427,12 +805,44 @@ class Generator:
             pad_token_id=self.pad_id,
         )
 
-    def _decode(self, new_ids_BT: torch.Tensor) -> list[str]:
-        texts = []
+    def _decode(self, new_ids_BT: torch.Tensor, max_new_tokens: int) -> list[Answer]:
+        answers = []
         for row in new_ids_BT.tolist():
-            end = next((column for column, token in enumerate(row) if token in self.stop_ids), len(row))
-            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
-        return texts
+            end = next((column for column, token in enumerate(row) if token in self.stop_ids), None)
+            answers.append(self._answer_of(row[:end], end is None and len(row) >= max_new_tokens))
+        return answers
+
+    def _answer_of(self, token_ids: list[int], cut: bool) -> Answer:
+        return Answer(self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(), token_ids, cut)
+
+    # ------------------------------------------------------------------ check
+
+    def can_check(self, question: Question) -> bool:
+        """Control tokens typed in a question stay text here and become tokens in plain transformers: nothing to compare."""
+        return not self._has_control_tokens(question)
+
+    @torch.inference_mode()
+    def check(self, question: Question, answer: Answer, max_new_tokens: int | None = None) -> Check:
+        """The same question asked alone, as plain transformers does: its own inputs, pixels and `generate`.
+
+        Raises what transformers raises, and GenerationError where a picture does not open.
+        """
+        max_new_tokens = max_new_tokens or self.max_new_tokens
+        opened = [self._open(picture) for picture in question.pictures]
+        for part in opened:
+            if isinstance(part, GenerationError):
+                raise part
+        inputs = self._plain_inputs([question], [opened])
+        output = self._generate(inputs, max_new_tokens, return_dict_in_generate=True, output_logits=True)
+        (stock,) = self._decode(output.sequences[:, inputs["input_ids"].shape[1] :], max_new_tokens)
+        if stock.token_ids == answer.token_ids:
+            return Check(str(answer), str(stock))
+        at = len(os.path.commonprefix([stock.token_ids, answer.token_ids]))
+        logits_V = output.logits[at][0].float()
+        rivals = [answer.token_ids[at]] if at < len(answer.token_ids) else self.stop_ids
+        gap = float(logits_V.max() - logits_V[rivals].max())
+        tie = gap <= self._rounding * float(logits_V.abs().max())
+        return Check(str(answer), str(stock), round(gap, 6), tie, not tie)
 
 
 def _as_question(question: Question | tuple) -> Question:
@@ -443,8 +853,14 @@ def _as_question(question: Question | tuple) -> Question:
 
 
 def _messages(question: Question) -> list[dict]:
-    content = [{"type": "image"} for _ in question.pictures] + [{"type": "text", "text": question.prompt}]
-    return [{"role": "user", "content": content}]
+    turns = [*question.before, ("user", question.prompt)]
+    places = question.places or (len(question.pictures), *[0] * (len(turns) - 1))
+    if len(places) != len(turns) or sum(places) != len(question.pictures):
+        raise GenerationError(f"places {places} do not fit {len(question.pictures)} pictures in {len(turns)} turns")
+    return [
+        {"role": role, "content": [{"type": "image"}] * num_pictures + [{"type": "text", "text": text}]}
+        for (role, text), num_pictures in zip(turns, places, strict=True)
+    ]
 
 
 def _as_generation_error(error: Exception) -> GenerationError:
@@ -465,6 +881,33 @@ def _isolating(work: Callable[[list], list], members: list) -> dict[Any, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the usual reason why a batch fails and its members do not
     return {member: part for member in members for part in _isolating(work, [member]).values()}
+
+
+def _stack(pixels: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Inputs of several pictures as one; fewer tiles than the others' are filled up, the model leaves those out again."""
+    if pixels[0]["pixel_values"].dim() == 5:
+        most = max(part["pixel_values"].shape[1] for part in pixels)
+        tiles = [torch.nn.functional.pad(part["pixel_values"], (0, 0) * 3 + (0, most - part["pixel_values"].shape[1])) for part in pixels]
+        return {"pixel_values": torch.cat(tiles), "image_sizes": torch.cat([part["image_sizes"] for part in pixels])}
+    return {name: torch.cat([part[name] for part in pixels]) for name in pixels[0]}
+
+
+def _end_of_pictures(ids: list[int], image_id: int) -> int:
+    """How many tokens reach to the end of the last picture."""
+    return len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+
+
+def _row_batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
+    """At most `size` rows and four times as many questions, but one row at least."""
+    batch: list[_Row] = []
+    for row in rows:
+        num_questions = sum(len(other.branches) for other in batch) + len(row.branches)
+        if batch and (len(batch) == size or num_questions > 4 * size):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

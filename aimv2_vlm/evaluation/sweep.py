@@ -1,22 +1,28 @@
 """Benchmark sweeps: models x benchmarks x controls through lmms-eval, with a ledger that goes on where it was stopped.
 
-A cell is one model on one benchmark under one control. Every finished cell is one line of `ledger.jsonl`, written once,
-in a fixed order, so a killed and restarted sweep ends with the same ledger (but for `seconds`). What could not run
-stands in `failed.jsonl`.
+A cell is one model on one benchmark under one control; a unit is a slice of its questions. Any number of processes that run the
+same sweep into one folder share its units: who answers one holds a lock that ends with the process, and a unit's answers are
+stored before the lock is given back, so a killed process costs the units it was answering and nothing else. Every finished cell
+is one line of `ledger.jsonl`, in the order of the config: the same ledger (but for `seconds`) however often and by how many
+processes the sweep was run. What could not run stands in `failed.jsonl`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,18 +34,17 @@ import numpy as np
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.evaluation.benchmarks import (
-    TASKS,
     Benchmark,
     TrainingAnswers,
     convert_val_jsonl,
-    find_benchmarks,
-    read_benchmark,
     wrong_pictures,
 )
-from aimv2_vlm.evaluation.metrics import bootstrap_interval, score_answers
+from aimv2_vlm.evaluation.fewshot import SHOT_CONTROLS, earlier_turns, open_benchmarks
+from aimv2_vlm.evaluation.metrics import SUBMISSION, benchmark_score, score_answers, score_interval
 from aimv2_vlm.train.directory import versions, write_atomically
 
 CONTROLS = ("blind", "wrong_picture")
+PATIENCE_S = 5.0  # for another sweep in the same folder to end
 Progress = Callable[[str], None]
 
 
@@ -141,13 +146,6 @@ def read_ledger(path: str | Path, repair: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with open(path, "ab") as file:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """The whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,12 +154,97 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    with open(out / ".lock", "w", encoding="utf-8") as lock:
+    """The folder for this process alone. Raises UserError while a sweep runs in it."""
+    with open(out / ".lock", "a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{out}: another process is evaluating into this folder; choose another out=") from None
         yield
+
+
+@contextlib.contextmanager
+def _joined(out: Path, config: Any) -> Iterator[None]:
+    """The folder together with other processes of the same sweep. Raises UserError while another sweep runs in it."""
+    told = {key: value for key, value in vars(config).items() if key not in ("batch_size", "num_workers", "processes")}
+    words = hashlib.sha256(json.dumps(told, default=vars, sort_keys=True).encode()).hexdigest()
+    deadline = time.monotonic() + PATIENCE_S
+    with open(out / ".lock", "a+", encoding="utf-8") as lock:
+        while True:
+            with contextlib.suppress(OSError):  # the first one
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(words)
+                lock.flush()
+                shutil.rmtree(out / "work" / "failed", ignore_errors=True)  # what failed is tried again
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                break
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock.seek(0)
+                if lock.read() == words:
+                    break
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            if time.monotonic() > deadline:
+                raise UserError(f"{out}: another process is evaluating another config into this folder; choose another out=")
+            time.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(file: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    with open(file, "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class Units:
+    """Stored answers of one cell, a file for each slice of `size` questions.
+
+    `run` answers a slice unless its answers are stored or another process is answering it.
+    """
+
+    def __init__(self, folder: Path, size: int, num_questions: int) -> None:
+        self.folder, self.size, self.count = folder, size, -(-num_questions // size)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.json"
+
+    @contextlib.contextmanager
+    def _claim(self, number: int) -> Iterator[bool]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{number:06d}.lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+    def open_units(self) -> list[int]:
+        """Units without stored answers that nobody is answering."""
+        found = []
+        for number in range(self.count):
+            if not self._file(number).is_file():
+                with self._claim(number) as mine:
+                    found += [number] if mine else []
+        return found
+
+    @property
+    def complete(self) -> bool:
+        return all(self._file(number).is_file() for number in range(self.count))
+
+    def run(self, number: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The unit's stored answers, or `work()`'s, then stored; None while another process answers it."""
+        file = self._file(number)
+        if not file.is_file():
+            with self._claim(number) as mine:
+                if mine and not file.is_file():
+                    started = time.perf_counter()
+                    answers = work()
+                    write_atomically(file, json.dumps(answers | {"seconds": time.perf_counter() - started}, ensure_ascii=False))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
@@ -175,12 +258,17 @@ def evaluate(config: Any, restart: bool = False) -> int:
     from aimv2_vlm.evaluation.report import write_report
 
     out = Path(config.out or "")
-    if restart and (out / "ledger.jsonl").is_file():
+    if restart and out.is_dir():
         with _locked(out):
-            (out / "ledger.jsonl").unlink()
-            shutil.rmtree(out / "samples", ignore_errors=True)
+            (out / "ledger.jsonl").unlink(missing_ok=True)
+            for folder in ("samples", "work"):
+                shutil.rmtree(out / folder, ignore_errors=True)
     status = run_sweep(config)
-    print(f"report: {write_report(out / 'report.html', runs={}, eval_dir=out, title=out.name)}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        from aimv2_vlm.evaluation.comparison import write_comparisons
+
+        print(f"comparisons: {write_comparisons(out)}")
+        print(f"report: {write_report(out / 'report.html', runs={}, eval_dir=out, title=out.name)}")
     return status
 
 
@@ -189,62 +277,156 @@ def run_sweep(config: Any, progress: Progress | None = None) -> int:
 
     Returns 0 when every cell of the config is finished and complete, else 1: some cell failed (`failed.jsonl`), or
     some question got no answer (`num_errors` of its row). `progress` gets one plain line an event; default: stdout.
+
+    Processes that are started with the same config (`processes`, torchrun, or by hand) share the work; each returns when all of it
+    is done. On GPUs, process LOCAL_RANK takes the device of that number.
     """
     progress = progress or (lambda line: print(line, flush=True))
-    unknown = [control for control in config.controls if control not in CONTROLS]
-    if unknown:
-        raise UserError(f"controls: {unknown[0]!r} is none of {', '.join(CONTROLS)}")
+    for key, known in (("controls", CONTROLS), ("shot_controls", SHOT_CONTROLS)):
+        unknown = [control for control in getattr(config, key) if control not in known]
+        if unknown:
+            raise UserError(f"{key}: {unknown[0]!r} is none of {', '.join(known)}")
     for key in ("out", "models", "benchmarks", "benchmark_root"):
         if not getattr(config, key):
             raise UserError(f"{key}: empty; an evaluation needs models, benchmarks, their folder and where to write")
+    for key in ("unit", "processes"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}: {getattr(config, key)} must be at least 1")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        return _run_locked(config, out, progress)
+    with _launcher_hidden() as device, _helpers(config):
+        with _joined(out, config):
+            status = _run_joined(config, device, out, progress)
+        with contextlib.suppress(UserError), _locked(out):  # the last one cleans up
+            shutil.rmtree(out / "work", ignore_errors=True)
+    return status
 
 
-def _run_locked(config: Any, out: Path, progress: Progress) -> int:
+@contextlib.contextmanager
+def _helpers(config: Any) -> Iterator[None]:
+    """The other `processes - 1` processes: they end with the work, and with this process should it be killed."""
+    if config.processes == 1:
+        yield
+        return
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    share = max(1, len(os.sched_getaffinity(0)) // config.processes)
+    children = [context.Process(target=_help, args=(config, rank, share), daemon=True) for rank in range(1, config.processes)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, share))
+    for child in children:
+        child.start()
+    try:
+        yield
+        for child in children:
+            child.join()
+    finally:
+        torch.set_num_threads(before)
+        for child in children:
+            child.kill()
+
+
+def _help(config: Any, rank: int, num_threads: int) -> None:
+    import torch
+
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(num_threads)
+    config = copy.copy(config)
+    config.processes = 1
+    with contextlib.suppress(UserError):  # the parent says it
+        run_sweep(config)
+
+
+@contextlib.contextmanager
+def _launcher_hidden() -> Iterator[str | None]:
+    """Yields the device of this process among those that share a machine's GPUs (None: as ever).
+
+    Meanwhile a launcher's variables are out of sight: lmms-eval would make a process group of these processes and split the questions
+    itself, and would hang when one dies.
+    """
+    import torch
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        num_devices = torch.cuda.device_count()
+        yield f"cuda:{int(hidden['LOCAL_RANK']) % num_devices}" if "LOCAL_RANK" in hidden and num_devices else None
+    finally:
+        os.environ.update(hidden)
+
+
+def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) -> int:
+    with _exclusive(out / ".ledger.lock"):
+        root = Path(config.benchmark_root)
+        for name, jsonl in config.convert.items():
+            _convert_once(Path(jsonl), root / name, progress)
+        opened = open_benchmarks(config)
     ledger = out / "ledger.jsonl"
-    root = Path(config.benchmark_root)
-    for name, jsonl in config.convert.items():
-        _convert_once(Path(jsonl), root / name, progress)
     training = TrainingAnswers(config.train_conversations)
     models, settings = _models(config), _settings(config)
 
     failures: list[dict] = []
     benchmarks: list[Benchmark] = []
-    for name, folder in find_benchmarks(root, config.benchmarks):
-        try:
-            if isinstance(folder, UserError):
-                raise folder
-            benchmarks.append(read_benchmark(name, folder))
-        except UserError as error:
-            failures += [_failure(model.name, name, control, error) for model in models for control in _arms(config)]
-            progress(f"failed: {name}: {error}")
+    for name, found in opened:
+        if isinstance(found, Benchmark):
+            benchmarks.append(found)
+        else:
+            failures += [_failure(model.name, name, control, found) for model in models for control in _arms(config)]
+            progress(f"failed: {name}: {found}")
     cells = [
         Cell(model, benchmark, control, _key(model, benchmark, control, settings, training.digest))
         for model in models
         for benchmark in benchmarks
-        for control in _arms(config)
+        for control in _arms(config, benchmark)
     ]
-    done = _current_rows(ledger, cells)
+    with _exclusive(out / ".ledger.lock"):
+        done = _current_rows(ledger, cells)
     open_cells = [cell for cell in cells if cell.key not in done]
     progress(f"sweep: {len(cells)} cells, {len(cells) - len(open_cells)} finished before, {len(open_cells)} to run")
-    for model in models:
-        mine = [cell for cell in open_cells if cell.model == model]
-        if mine:
-            failures += _run_model(config, settings, training, mine, out, done, progress)
-    shutil.rmtree(out / "work", ignore_errors=True)
-    _write_rows(out / "failed.jsonl", failures)
+    order = {cell.key: number for number, cell in enumerate(cells)}
+    marks = out / "work" / "failed"
+    while open_cells:
+        found = [cell for cell in open_cells if _units(cell, config, out).complete or _units(cell, config, out).open_units()]
+        for model in models:
+            mine = [cell for cell in found if cell.model == model]
+            if mine:
+                _run_model(config, settings, training, mine, device, out, order, progress)
+        done = {row["key"]: row for row in read_ledger(ledger)}
+        open_cells = [cell for cell in open_cells if cell.key not in done and not (marks / cell.key).is_file()]
+        if open_cells and not found:  # the rest is in the hands of other processes: until they are done or dead
+            time.sleep(0.2)
+    failed = [marks / cell.key for cell in cells if cell.key not in done and (marks / cell.key).is_file()]
+    failures += [json.loads(mark.read_text(encoding="utf-8")) for mark in failed]
+    with _exclusive(out / ".ledger.lock"):
+        _write_rows(out / "failed.jsonl", failures)
 
     incomplete = [cell for cell in cells if cell.key in done and not done[cell.key]["complete"]]
     for cell in incomplete:
-        progress(f"incomplete: {cell.label}: {done[cell.key]['num_errors']} questions without an answer")
+        row = done[cell.key]
+        progress(f"incomplete: {cell.label}: {row['num_errors']} questions without an answer; the first: {row.get('first_error')}")
     if failures:
         progress(f"sweep: {len(failures)} cells failed, see {out / 'failed.jsonl'}; the same command tries them again")
     else:
         progress(f"sweep: finished, {len(cells)} cells in {ledger}")
     return int(bool(failures or incomplete))
+
+
+def _units(cell: Cell, config: Any, out: Path) -> Units:
+    return Units(out / "work" / "answers" / f"{cell.key}_{config.unit}_{config.checked}", config.unit, len(cell.benchmark.rows[: config.limit]))
+
+
+def _publish(out: Path, row: Mapping[str, Any], samples: list[dict[str, Any]], order: Mapping[str, int]) -> bool:
+    """Puts a finished cell into the ledger at its place; False where another process has done so."""
+    with _exclusive(out / ".ledger.lock"):
+        rows = read_ledger(out / "ledger.jsonl", repair=True)
+        if any(other["key"] == row["key"] for other in rows):
+            return False
+        _write_rows(out / row["samples"], samples)
+        rows = sorted([*rows, row], key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
+        _write_rows(out / "ledger.jsonl", rows)
+        return True
 
 
 def _current_rows(ledger: Path, cells: list[Cell]) -> dict[str, dict[str, Any]]:
@@ -258,8 +440,10 @@ def _current_rows(ledger: Path, cells: list[Cell]) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in kept}
 
 
-def _arms(config: Any) -> list[str | None]:
-    return [None, *config.controls]
+def _arms(config: Any, benchmark: Benchmark | None = None) -> list[str | None]:
+    if benchmark is not None and benchmark.metric == SUBMISSION:  # controls are for scores
+        return [None]
+    return [None, *(config.shot_controls if benchmark is not None and benchmark.shots else config.controls)]
 
 
 def _failure(model: str, benchmark: str, control: str | None, error: BaseException) -> dict[str, Any]:
@@ -284,41 +468,48 @@ def _run_model(
     settings: Mapping[str, Any],
     training: TrainingAnswers,
     cells: list[Cell],
+    device: str | None,
     out: Path,
-    done: dict[str, dict],
+    order: Mapping[str, int],
     progress: Progress,
-) -> list[dict]:
-    """Runs one model's cells into the ledger (and `done`); returns what failed."""
+) -> None:
+    """Runs one model's cells into the ledger, as far as others do not; what fails leaves its reason in work/failed."""
     from aimv2_vlm.evaluation.generation import Generator, load_assistant
+    from aimv2_vlm.evaluation.lmms_model import AnsweredElsewhere
+
+    def failed(cell: Cell, error: Exception) -> None:
+        mark = out / "work" / "failed" / cell.key
+        with _exclusive(out / ".ledger.lock"):
+            _write_rows(mark, [_failure(model.name, cell.benchmark.name, cell.control, error)])
 
     model = cells[0].model
     try:
-        loaded, processor = load_assistant(model.path, settings["precision"])
+        loaded, processor = load_assistant(model.path, settings["precision"], device)
         generator = Generator(
-            loaded, processor, config.batch_size, config.max_new_tokens, model.source_size, model.tiling
+            loaded, processor, config.batch_size, config.max_new_tokens, model.source_size, model.tiling, num_workers=config.num_workers
         )
     except UserError as error:
         progress(f"failed: {model.name}: {error}")
-        return [_failure(model.name, cell.benchmark.name, cell.control, error) for cell in cells]
-    failures = []
+        for cell in cells:
+            failed(cell, error)
+        return
     for cell in cells:
-        started = time.perf_counter()
         try:
             row, samples = _run_cell(cell, generator, config, settings, training, out, progress)
+        except AnsweredElsewhere:
+            continue
         except Exception as error:  # a cell must not end the others; its reason is kept
             progress(f"failed: {cell.label}: {type(error).__name__}: {error}")
-            failures.append(_failure(model.name, cell.benchmark.name, cell.control, error))
+            failed(cell, error)
             continue
-        _write_rows(out / cell.samples, samples)
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        _append(out / "ledger.jsonl", row)
-        done[cell.key] = row
-        low, high = row["interval"]
+        if not _publish(out, row, samples, order):
+            continue
+        low, high = row["interval"] or (float("nan"), float("nan"))
+        score = f"answers in {row['submission']}" if row["score"] is None else f"{row['metric']} {row['score']:.1f} [{low:.1f}, {high:.1f}]"
         progress(
-            f"{cell.label}: {row['metric']} {row['score']:.1f} [{low:.1f}, {high:.1f}], "
-            f"{row['num_questions']} questions, {row['num_errors']} errors, {row['seconds']} s"
+            f"{cell.label}: {score}, {row['num_questions']} questions, {row['num_errors']} errors, "
+            f"{row['flips']} of {row['num_checked']} checked answers differ, {row['seconds']} s"
         )
-    return failures
 
 
 def _run_cell(
@@ -334,8 +525,9 @@ def _run_cell(
     picture_docs, num_other_form = None, None
     if cell.control == "wrong_picture":
         picture_docs, num_other_form = wrong_pictures(benchmark.rows, config.seed)
-    generator.tokens_seen.clear()
-    predictions, errors = _answers(cell, generator, config, picture_docs, out, progress)
+    predictions, assistant = _answers(cell, generator, config, picture_docs, out, progress)
+    errors = {doc_id: reason for (_, doc_id), reason in assistant.errors.items()}
+    scoring = time.perf_counter()
 
     answered = [i for i in range(len(rows)) if i not in errors]
     if not answered:
@@ -347,11 +539,11 @@ def _run_cell(
             strict=True,
         )
     )
-    values, clusters = [scores[i] for i in answered], [rows[i]["picture_id"] for i in answered]
-    low, high = bootstrap_interval(values, clusters, config.seed)
+    values, scored = [scores[i] for i in answered], [rows[i] for i in answered]
+    low, high = score_interval(benchmark.metric, values, scored, config.seed)
     majority = training.majority(benchmark)
     majority_scores = score_answers(benchmark.metric, majority[: len(rows)], rows) if majority else None
-    tokens = list(generator.tokens_seen.values())
+    tokens = list(assistant.tokens_seen.values())
     mean_tokens = 0 if cell.control == "blind" else round(float(np.mean(tokens)), 1) if tokens else None
     prompts = benchmark.prompts[: len(rows)]
     template = generator.processor.chat_template
@@ -367,22 +559,29 @@ def _run_cell(
         "benchmark": benchmark.name,
         "split": benchmark.split,
         "control": cell.control,
+        "shots": len(benchmark.shots),
         "metric": benchmark.metric,
-        "score": round(100.0 * float(np.mean(values)), 4),
-        "interval": [round(100.0 * low, 4), round(100.0 * high, 4)],
+        "score": round(benchmark_score(benchmark.metric, values, scored), 4),
+        "interval": [round(low, 4), round(high, 4)],
         "num_questions": len(rows),
         "num_pictures": len({row["picture_id"] for row in rows}),
         "num_errors": len(errors),
         "complete": not errors,
+        "first_error": errors[min(errors)] if errors else None,
+        "num_cut": assistant.num_cut,
+        "num_checked": len(assistant.checks),
+        "flips": sum(check["flip"] for check in assistant.checks.values()),
+        "ties": sum(check["tie"] for check in assistant.checks.values()),
         "num_other_form": num_other_form,
         "prompt": prompts[0],
         "prompt_hash": hashlib.sha256(json.dumps([template, prompts]).encode()).hexdigest()[:16],
-        "majority_score": None if majority_scores is None else round(100.0 * float(majority_scores.mean()), 4),
+        "majority_score": None if majority_scores is None else round(benchmark_score(benchmark.metric, majority_scores, rows), 4),
         "data": str(benchmark.folder),
         "data_hash": benchmark.data_hash,
         **settings,
         "versions": _versions(),
         "samples": cell.samples,
+        "seconds": round(assistant.seconds + time.perf_counter() - scoring, 1),
     }
     samples = [
         {
@@ -396,6 +595,7 @@ def _run_cell(
             "answer_letter": rows[i]["answer_letter"],
             "score": None if i in errors else float(scores[i]),
             "error": errors.get(i),
+            "check": assistant.checks.get(i),
             "attribute": rows[i]["attribute"],
             "print_height": _number_or_none(rows[i].get("print_height")),
             "question_form": rows[i]["question_form"],
@@ -404,7 +604,20 @@ def _run_cell(
         }
         for i in range(len(rows))
     ]
+    if benchmark.metric == SUBMISSION:
+        for sample in samples:
+            sample["score"] = None
+        row |= {"score": None, "interval": None, "majority_score": None, "submission": _write_submission(cell, rows, predictions, errors, out)}
     return row, samples
+
+
+def _write_submission(cell: Cell, rows: list[dict], predictions: Mapping[int, str], errors: Mapping[int, str], out: Path) -> str:
+    """The answers in the organisers' form; a question without an answer is left out."""
+    name = f"submissions/{Path(cell.samples).stem}.json"
+    answers = [{"questionId": int(row["id"]), "answer": predictions[i]} for i, row in enumerate(rows) if i not in errors]
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / name, json.dumps(answers, ensure_ascii=False))
+    return name
 
 
 def _shown(control: str | None, benchmark: Benchmark, picture_docs: Mapping[int, int] | None, i: int) -> str | None:
@@ -430,8 +643,11 @@ def _answers(
     picture_docs: Mapping[int, int] | None,
     out: Path,
     progress: Progress,
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Predictions and errors by question index, from lmms-eval's `simple_evaluate`."""
+) -> tuple[dict[int, str], Any]:
+    """Predictions by question index, from lmms-eval's `simple_evaluate`, and the AssistantModel that gave them.
+
+    Raises AnsweredElsewhere while other processes answer some of the questions.
+    """
     from aimv2_vlm.evaluation.lmms_model import AssistantModel  # isort: skip  (first: it keeps Pillow strict)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -439,13 +655,17 @@ def _answers(
     task = re.sub(r"[^A-Za-z0-9_-]+", "__", cell.benchmark.name)
     tasks = _write_task(cell.benchmark, task, config.max_new_tokens, out / "work")
     total = len(cell.benchmark.rows[: config.limit])
+    checked = random.Random(f"{config.seed}/{cell.key}").sample(range(total), min(config.checked, total))
     with _Bar(cell.label, total) as bar, contextlib.redirect_stderr(io.StringIO()):  # lmms-eval's own bars
         assistant = AssistantModel(
             generator=generator,
-            control=cell.control,
+            control=cell.control if cell.control in CONTROLS else None,
+            earlier=earlier_turns(cell.benchmark, cell.control),
             picture_docs=picture_docs,
             record_errors=True,
             on_progress=bar.advance,
+            units=_units(cell, config, out),
+            checked=frozenset(checked),
         )
         results = simple_evaluate(
             model=assistant,
@@ -460,23 +680,13 @@ def _answers(
     predictions = {sample["doc_id"]: sample["filtered_resps"][0] for sample in results["samples"][task]}
     if sorted(predictions) != list(range(total)):
         raise RuntimeError(f"lmms-eval returned {len(predictions)} of {total} answers")
-    errors = {doc_id: reason for (name, doc_id), reason in assistant.errors.items() if name == task}
-    return predictions, errors
+    return predictions, assistant
 
 
 def _write_task(benchmark: Benchmark, task: str, max_new_tokens: int, work: Path) -> Path:
     """A task file that includes the shipped one of the benchmark's metric and points to its folder."""
-    suffix = f"\n{benchmark.prompt_suffix}" if benchmark.prompt_suffix else ""
-    content = {
-        "task": task,
-        "include": str(TASKS / f"_{benchmark.metric}.yaml"),
-        "dataset_path": str(benchmark.folder.resolve()),
-        "dataset_kwargs": {"cache_dir": str((work / "datasets").resolve())},
-        "test_split": benchmark.split,
-        "generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False, "until": []},
-        "lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": suffix}},
-    }
-    folder = work / "tasks" / task
+    content = benchmark.task_content(task, max_new_tokens, work / "datasets")
+    folder = work / f"tasks_{os.getpid()}" / task  # lmms-eval reads every file below: none may be half-written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{task}.yaml").write_text(json.dumps(content, indent=1), encoding="utf-8")  # JSON is YAML
     return folder
@@ -522,7 +732,7 @@ def summary(ledger: str | Path) -> list[dict[str, Any]]:
         cells.setdefault((row["model"], row["benchmark"]), {})[row["control"]] = row
     rows = []
     for arms in cells.values():
-        if None not in arms:
+        if None not in arms or arms[None]["score"] is None:
             continue
         own = arms[None]
         baselines = {control: arms[control]["score"] for control in CONTROLS if control in arms}
