@@ -26,7 +26,8 @@ from aimv2_vlm.page import text
 
 HOSTILE = "</bdi><script>alert(1)</script><img src=x onerror=alert(2)> \u202eevil\x00 \ud800 & \"quotes\" 'too'"
 ARMS = [("demo 1x1", "1x1", None), ("demo 2x2", "2x2", None), ("demo 2x2 upsampled", "2x2", 112)]
-SECTIONS = ["headline", "losses", "results", "print", "samples", "facts"]
+SECTIONS = ["headline", "losses", "results", "resolution", "print", "samples", "facts"]
+OPTIONAL = {"resolution"}  # not shown where there is nothing to compare
 NUM_PICTURES = 100
 PICTURE, ENCODER = 224, 112  # pixels: pictures of the benchmarks, one view of the encoder
 
@@ -332,7 +333,7 @@ def test_pictures_and_charts_have_words_for_who_cannot_see_them(page):
     pictures = [a for tag, a in parsed.tags if tag == "img"]
     charts = [a for tag, a in parsed.tags if tag == "svg" and a.get("role") == "img"]
     assert len(pictures) >= 9 and all(len(a["alt"]) > 10 for a in pictures)
-    assert len(charts) == 5 and all(len(a["aria-label"]) > 30 for a in charts)
+    assert len(charts) == 7 and all(len(a["aria-label"]) > 30 for a in charts)
     assert all(a.get("aria-hidden") == "true" or a.get("role") == "img" for tag, a in parsed.tags if tag == "svg")
 
 
@@ -449,7 +450,7 @@ def test_hostile_strings_stay_text(tmp_path):
     parsed = Page(source)
     assert "<script>alert(1)</script>" in parsed.words["results"]  # as words, not as a tag
     assert not any("onerror" in a for _, a in parsed.tags)
-    assert "\x00" not in source and len([a for tag, a in parsed.tags if a.get("class") == "chart"]) == 5
+    assert "\x00" not in source and len([a for tag, a in parsed.tags if a.get("class") == "chart"]) == 7
 
 
 def test_escaping_covers_what_html_could_read():
@@ -465,8 +466,8 @@ def test_nothing_at_all_is_said_and_not_guessed(tmp_path):
     )
     assert_self_contained(source)
     parsed = Page(source)
-    assert [a["id"] for t, a in parsed.tags if t == "section"] == ["headline", "gaps", *SECTIONS[1:]]
-    for name in SECTIONS:
+    assert [a["id"] for t, a in parsed.tags if t == "section"] == ["headline", "gaps", *(s for s in SECTIONS[1:] if s not in OPTIONAL)]
+    for name in set(SECTIONS) - OPTIONAL:
         assert "Not shown: " in parsed.words[name], name
 
 
@@ -506,7 +507,7 @@ def test_a_missing_piece_is_named_and_the_rest_is_shown(tmp_path, damage, said):
     assert_self_contained(source)
     words = Page(source).words
     assert said in "".join(words.values())
-    assert set(words) - {"", "gaps"} == set(SECTIONS)
+    assert set(words) - {"", "gaps"} - OPTIONAL == set(SECTIONS) - OPTIONAL
 
 
 def cut_last_line(path: Path) -> None:
@@ -518,7 +519,20 @@ def test_report_is_replaced_whole_or_not_at_all(made, tmp_path):
     out = tmp_path / "report.html"
     first = write_report(out, **made).read_bytes()
     assert write_report(out, **made).read_bytes() == first
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+def test_a_paper_row_stands_beside_ours_and_the_scores_are_in_markdown_too(tmp_path):
+    made = make_everything(tmp_path, num_pictures=24)
+    ledger = made["eval_dir"] / "ledger.jsonl"
+    row = json.loads(ledger.read_text(encoding="utf-8").splitlines()[0]) | {"model": "AIMv2 L (of <b>ours</b>)", "benchmark": "aimv2_gqa_val", "control": None}
+    ledger.write_text(ledger.read_text(encoding="utf-8") + json.dumps(row | {"score": 70.0, "interval": [69.0, 71.0], "samples": "none.jsonl", "limit": None}) + "\n", encoding="utf-8")
+    source = write_report(tmp_path / "report.html", **made).read_text(encoding="utf-8")
+    assert_self_contained(source)
+    words = Page(source).words["paper"]
+    assert "Table 7" in words and "70.0 (69.0 to 71.0), -2.5" in words and "72.5" in words
+    told = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "70.0 (69.0 to 71.0), -2.5" in told and "<b>" not in told
 
 
 # ---------------------------------------------------------------------------------------------------------------- axes

@@ -1,4 +1,4 @@
-"""`report.html`: one file that opens without a network and shows what a chain of runs learned, with its controls.
+"""`report.html`: one file that opens without a network and shows what a chain of runs learned, with its controls; `report.md`: its scores.
 
     write_report("r.html", runs={"pre-training": "runs/l14", "tuning": "runs/sft"}, eval_dir="runs/eval", title="A")
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from aimv2_vlm.evaluation.findings import (
     control_scores,
     finite,
     height_bins,
+    read_json,
     read_pictures,
     resolution_gain,
     resolution_pairs,
@@ -40,6 +42,7 @@ from aimv2_vlm.evaluation.findings import (
     thin,
     uses_picture,
 )
+from aimv2_vlm.evaluation.paper import Beside, beside_the_paper, cell_words, escape, markdown
 from aimv2_vlm.page import page, text
 from aimv2_vlm.train.directory import write_atomically
 
@@ -337,6 +340,37 @@ def attributes_table(evaluation: Evaluation) -> str:
     return "<h3>By what was asked</h3>" + scrolled("accuracy by what was asked", table("heat", columns, "".join(body)))
 
 
+def _interval_or_dash(row: Mapping[str, Any], sign: bool = False) -> str:
+    return span(*row["interval"], sign) if _is_interval(row.get("interval")) else "–"
+
+
+def comparisons_tables(evaluation: Evaluation) -> str:
+    """What `comparisons.json` holds: the models' differences and the questions that need the picture; nothing without it."""
+    found = {} if evaluation.path is None else read_json(evaluation.path / "comparisons.json")
+    paired = [row for row in found.get("paired") or [] if isinstance(row, dict) and finite(row.get("difference"))]
+    need = [row for row in found.get("needs_picture") or [] if isinstance(row, dict) and finite(row.get("score"))]
+    body = ""
+    if paired:
+        rows = "".join(
+            f"<tr><th scope=row>{quoted(row.get('benchmark'))}</th><td>{quoted(row.get('first'))} − {quoted(row.get('second'))}</td>"
+            f"<td>{points(row['difference'], True)}</td><td>{_interval_or_dash(row, True)}</td><td>{'yes' if row.get('told_apart') else 'no'}</td></tr>"
+            for row in paired
+        )
+        note = '<p class="note">Over the questions that both answered; pictures are the clusters. Told apart: the interval excludes 0.</p>'
+        shown = scrolled("models against each other", table("plain", ("benchmark", "models", "difference", INTERVAL, "told apart"), rows))
+        body += f"<details><summary>Models against each other</summary>{note}{shown}</details>"
+    if need:
+        rows = "".join(
+            f"<tr><th scope=row>{quoted(row.get('benchmark'))}</th><td>{quoted(row.get('model'))}</td><td>{points(row['score'])}</td><td>{_interval_or_dash(row)}</td>"
+            f"<td>{row.get('num_questions'):,} of {row.get('num_asked'):,}</td></tr>"
+            for row in need
+        )
+        note = '<p class="note">Questions that no model answers right blind and that the most frequent training answer misses.</p>'
+        shown = scrolled("questions that need the picture", table("plain", ("benchmark", "model", "score", INTERVAL, "questions"), rows))
+        body += f"<details><summary>Questions that need the picture</summary>{note}{shown}</details>"
+    return body
+
+
 def results_section(evaluation: Evaluation) -> str:
     how = (
         "Blind = the same questions without a picture, wrong picture = with another row's whose answer differs, "
@@ -345,10 +379,78 @@ def results_section(evaluation: Evaluation) -> str:
         "distance between the two was learned from the picture."
     )
     if evaluation.arms:
-        body = results_table(evaluation) + attributes_table(evaluation)
+        body = results_table(evaluation) + attributes_table(evaluation) + comparisons_tables(evaluation)
     else:
         body = missing(evaluation.gaps[0] if evaluation.gaps else "the ledger has no finished cell")
     return section("results", "Scores with controls", how, body)
+
+
+# --------------------------------------------------------------------------------------------------- beside the paper
+
+
+def paper_table(beside: Beside) -> str:
+    theirs = "".join(
+        f"<tr><td>{text(name)}, the paper</td>{''.join('<td>–</td>' if v is None else f'<td>{v:g}</td>' for v in values)}</tr>"
+        for name, values in beside.paper.items()
+    )
+    ours = "".join(
+        f"<tr><th scope=row>{quoted(model)}, ours</th>{''.join(f'<td>{text(cell_words(cell)) or chr(8211)}</td>' for cell in cells)}</tr>"
+        for model, cells in beside.ours.items()
+    )
+    title = f"{beside.table.name}: {beside.table.title}"
+    note = f'<p class="note">The paper\u2019s: {text(beside.table.note)}.</p>' if beside.table.note else ""
+    return f"<h3>{text(title)}</h3>" + scrolled(title, table("plain", ["", *map(text, beside.columns)], theirs + ours)) + note
+
+
+def paper_section(found: Sequence[Beside]) -> str:
+    """Nothing where no score of ours belongs into a column of the paper."""
+    if not found:
+        return ""
+    how = (
+        f"Ours with the {INTERVAL} and, where the model bears the name of a paper\u2019s row, the difference to it. Only scores of the same split and prompt stand "
+        "in a column; the paper gives no intervals, and differences below some points are within seeds."
+    )
+    return section("paper", "Beside the paper", how, "".join(map(paper_table, found)))
+
+
+# --------------------------------------------------------------------------------------------------------- resolution
+
+_RESOLUTION = re.compile(r"[\s,_]*(?<![A-Za-z0-9])(\d+\s*x\s*\d+|\d+\s*px)(?![A-Za-z0-9])")  # in a model's name
+
+
+def resolution_section(evaluation: Evaluation) -> str:
+    """Score against tokens a picture, a chart a benchmark, a line through models that differ in their resolution; nothing where none do."""
+    figures = []
+    for benchmark in evaluation.benchmarks:
+        families: dict[tuple[str, bool], list[tuple[float, float, tuple[float, float], Arm]]] = defaultdict(list)
+        for arm in evaluation.arms:
+            row = evaluation.cells.get((arm, benchmark, None))
+            if row is None or not finite(row.get("tokens_per_picture")) or not row.get("interval"):
+                continue
+            name = _RESOLUTION.sub("", arm.model).replace("upsampled", "").strip(" ,_") or "tiles"
+            families[name, arm.source_size is not None].append((row["tokens_per_picture"], row["score"], tuple(row["interval"]), arm))
+        if not any(len({tokens for tokens, *_ in found}) > 1 for found in families.values()):
+            continue
+        lines = []
+        for number, ((name, upsampled), found) in enumerate(families.items()):
+            found.sort(key=lambda one: one[0])
+            lines.append(Series(
+                name + (", upsampled" if upsampled else ""), [(tokens, score) for tokens, score, *_ in found], number, dashed=upsampled, markers=True,
+                bars=[(tokens, *interval) for tokens, _, interval, _ in found],
+                notes=[f"{arm.label}: {points(score)} ({span(*interval)}) at {tokens:,} tokens" for tokens, score, interval, arm in found],
+            ))  # fmt: skip
+        row = next(row for (_, b, _), row in evaluation.cells.items() if b == benchmark)
+        x = axis("tokens a picture", [tokens for line in lines for tokens, _ in line.points])
+        y = axis(f"{row.get('metric')}, points", [end for line in lines for _, *ends in line.bars for end in ends], log=False)
+        ends = "; ".join(f"{line.name} from {line.points[0][1]:.0f} to {line.points[-1][1]:.0f}" for line in lines)
+        figures.append(figure("Resolution", benchmark, line_chart(lines, x, y, f"Score on {benchmark} against tokens a picture: {ends}"), lines))
+    if not figures:
+        return ""
+    how = (
+        f"Models whose names differ in a resolution (2x2, 672 px) share a line; whiskers are {INTERVAL}s. Dashed: tiles cut from reduced pictures, the same tokens "
+        "without the new pixels."
+    )
+    return section("resolution", "Score against resolution", how, f'<div class="figures">{"".join(figures)}</div>')
 
 
 # ----------------------------------------------------------------------------------------------------- print height
@@ -598,10 +700,14 @@ def facts_section(runs: Sequence[Run], evaluation: Evaluation, extra: Mapping[st
 
 # --------------------------------------------------------------------------------------------------------- the page
 
-NAVIGATION = """<nav aria-label="sections">
-<a href="#headline">What came out</a> <a href="#losses">Losses</a> <a href="#results">Scores</a>
-<a href="#print">Print height</a> <a href="#samples">Pictures</a> <a href="#facts">Facts</a>
-</nav>"""
+SECTIONS = {"headline": "What came out", "losses": "Losses", "results": "Scores", "paper": "Paper", "resolution": "Resolution", "print": "Print height",
+            "samples": "Pictures", "facts": "Facts"}
+
+
+def navigation(body: str) -> str:
+    """Links to the sections that `body` has."""
+    links = " ".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in SECTIONS.items() if f'<section id="{anchor}">' in body)
+    return f'<nav aria-label="sections">{links}</nav>'
 
 
 def _read_all_pictures(
@@ -645,10 +751,13 @@ def write_report(
     chosen = choose_samples(evaluation)
     pictures, sides = _read_all_pictures(evaluation, [*chosen[0], *chosen[1]])
     heights = PrintHeights(evaluation, sides)
+    beside = beside_the_paper(evaluation.cells.values())
     first, *others = [
         headline(read, evaluation, heights),
         losses_section(read),
         results_section(evaluation),
+        paper_section(beside),
+        resolution_section(evaluation),
         print_section(evaluation, heights),
         samples_section(evaluation, heights, chosen, pictures),
         facts_section(read, evaluation, extra or {}),
@@ -659,9 +768,34 @@ def write_report(
         plural(len(evaluation.arms), "model"),
         plural(len(evaluation.benchmarks), "benchmark"),
     )
-    header = f'<p class="sub">{", ".join(counts)}</p>\n{NAVIGATION}'
-    whole = page(title, STYLE.read_text(encoding="utf-8"), header, "\n".join([first, gaps_section(gaps), *others]))
+    body = "\n".join(filter(None, [first, gaps_section(gaps), *others]))
+    header = f'<p class="sub">{", ".join(counts)}</p>\n{navigation(body)}'
+    whole = page(title, STYLE.read_text(encoding="utf-8"), header, body)
     out = Path(out_html)
     out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out.with_suffix(".md"), scores_in_markdown(title, evaluation, beside, gaps))
     write_atomically(out, whole)
     return out
+
+
+def scores_in_markdown(title: str, evaluation: Evaluation, beside: Sequence[Beside], gaps: Sequence[str]) -> str:
+    """`report.md`: scores with controls, the paper's tables, what is missing."""
+    lines = [f"# {escape(title)}", ""]
+    if evaluation.arms:
+        lines += ["| model | benchmark | split | metric | score | 95 % interval | blind | wrong picture | most frequent | questions | tokens a picture |", "|---" * 11 + "|"]
+        for arm in evaluation.arms:
+            for benchmark in evaluation.benchmarks:
+                if (row := evaluation.cells.get((arm, benchmark, None))) is None:
+                    continue
+                controls = control_scores(evaluation, arm, benchmark)
+                low_high = "" if not row.get("interval") else "{:.1f} to {:.1f}".format(*row["interval"])
+                shown = [arm.label, benchmark, row.get("split", ""), row.get("metric", ""), f"{row['score']:.1f}", low_high,
+                         *("" if controls.get(name) is None else f"{controls[name]:.1f}" for name in ("blind", "wrong_picture", "majority")),
+                         row.get("num_questions", ""), row.get("tokens_per_picture", "")]
+                lines.append("| " + " | ".join(map(escape, shown)) + " |")
+        lines.append("")
+    if beside:
+        lines += ["## Beside the paper", "", markdown(beside)]
+    if gaps:
+        lines += ["## What is missing", "", *(f"- {escape(gap)}" for gap in gaps), ""]
+    return "\n".join(lines)
