@@ -2,15 +2,20 @@
 
 import json
 import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import ConversationSource, UserError
+from aimv2_vlm.data import conversations as conversations_module
 from aimv2_vlm.data.conversations import (
     IMAGE,
     REASONS,
@@ -238,12 +243,13 @@ def test_bad_rows_of_every_kind_are_counted_and_named(tmp_path, pictures):
     (tmp_path / "bad.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"id": "\xff"}\n')
     conversations = open_set(tmp_path / "bad.jsonl", pictures)
     expected = {reason: sum(r == reason for r, _ in BAD) for reason, _ in BAD} | {
-        "missing_picture": 2,
+        "missing_picture": 1,
+        "outside_image_folder": 1,
         "invalid_json": 3,
     }
     report = conversations.report()
     assert report["rejected"] == expected and report["good"] == len(conversations) == 1
-    assert report["rows"] == len(BAD) + 6 and set(report["rejected"]) == set(REASONS[1:])
+    assert report["rows"] == len(BAD) + 6 and set(report["rejected"]) == set(REASONS[1 : REASONS.index("no_document")])
     assert json.loads(json.dumps(report)) == report
     named = list(conversations.rejections())
     assert len(named) == len(BAD) + 5 and all(path.endswith("bad.jsonl") for path, _ in named)
@@ -271,6 +277,63 @@ def test_a_kept_index_does_not_hide_pictures_that_came_later(tmp_path, pictures)
     assert open_set(path, tmp_path / "images", cache_dir=str(tmp_path / "cache")).report()["rejected"] == {}
 
 
+OUTSIDE = ["../secret.png", "/etc/hostname", "x/../../secret.png", "..", "out.png", "away/secret.png"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_leave_the_image_folder_are_left_out(tmp_path, pictures, name):
+    """By `..`, by an absolute name, by a link to a file or of a folder. Links inside, and a folder that is a link itself, do."""
+    for place in (tmp_path / "secret.png", tmp_path / "elsewhere" / "secret.png"):
+        place.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place)
+    (pictures / "out.png").symlink_to(tmp_path / "secret.png")
+    (pictures / "away").symlink_to(tmp_path / "elsewhere")
+    (pictures / "in.png").symlink_to(pictures / "a.png")
+    (tmp_path / "link").symlink_to(pictures)
+    rows = [row("q", "a", image=[n, "a.png"]) | {"conversations": row(f"{IMAGE}{IMAGE}", "a")["conversations"]} for n in ("in.png", name)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    for folder in (pictures, tmp_path / "link"):
+        assert open_set(path, folder).report()["rejected"] == {"outside_image_folder": 1}
+    source = ConversationSource(path=str(path), images=str(pictures), follow_links=True)
+    rejected = ConversationSet([source]).report()["rejected"]
+    assert rejected == ({} if name in OUTSIDE[-2:] else {"outside_image_folder": 1})
+
+
+def test_each_picture_is_looked_for_once(tmp_path, pictures, monkeypatch):
+    """However many rows share it: one look at the file, one at its folder."""
+    path = write_both(tmp_path, good_rows(200))[2]
+    looks = []
+    monkeypatch.setattr(os, "lstat", lambda p, real=os.lstat: looks.append(p) or real(p))
+    open_set(path, pictures)
+    assert 1 <= len([p for p in looks if str(p).endswith("a.png")]) <= 2
+
+
+def test_missing_pictures_are_named_folder_by_folder(tmp_path):
+    """mix665k's layout: an absent folder, covers with other endings, an incomplete download, a set of unknown layout."""
+    images = tmp_path / "images"
+    for folder in ("ocr_vqa/images", "gqa/images"):
+        (images / folder).mkdir(parents=True)
+    for stem, ending in (("1", ".gif"), ("2", ".png"), ("3", ".gif"), ("4", ".jpg")):
+        (images / "ocr_vqa/images" / f"{stem}{ending}").write_bytes(b"")
+    names = [f"coco/train2017/{n:012d}.jpg" for n in range(1500)] + [f"ocr_vqa/images/{n}.jpg" for n in range(1, 6)]
+    names += ["gqa/images/1.jpg", "charts/deep/1/a.png", "charts/deep/2/a.png", "vg/VG_100K_2/7.jpg"]
+    (tmp_path / "rows.json").write_text(json.dumps([row("q", "a", image=name) for name in [*names, names[0]]]))
+    report = open_set(tmp_path / "rows.json", images).report()
+    assert report["rejected"] == {"missing_picture": len(names)}
+    expected = [
+        "charts: 2 pictures missing, there is no such folder; unpack",
+        "coco/train2017: 1,500 pictures missing, there is no such folder; unpack COCO's train2017.zip",
+        "gqa/images: 1 picture missing, for instance 1.jpg; unpack GQA",
+        "ocr_vqa/images: 4 pictures missing, 3 of them there with another ending (2 as .gif, 1 as .png); ",
+        "vg/VG_100K_2: 1 picture missing, there is no such folder; unpack Visual Genome's images2.zip",
+    ]
+    lines = report["missing_folders"]
+    assert len(lines) == 5 and all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+    with pytest.raises(UserError, match="charts: 2 pictures missing"):
+        check_bad_fraction(report, 0.01)
+
+
 def test_the_index_goes_elsewhere_when_asked(tmp_path, pictures):
     path = write_both(tmp_path, good_rows(2))[0]
     open_set(path, pictures, cache_dir=str(tmp_path / "cache"))
@@ -288,6 +351,55 @@ def test_shares_of_a_source(tmp_path, pictures, take, count):
     assert ids == [open_set(path, pictures, take)[i].id for i in range(count)]
     if take == "random:7":
         assert ids != [open_set(path, pictures, take, seed=1)[i].id for i in range(count)]
+
+
+def test_large_files_are_judged_by_several_processes_alike(tmp_path, pictures, monkeypatch):
+    """Their number changes nothing but the time; without more than one core, or inside a worker, one process does it."""
+    rows = [*good_rows(30), row("q", ""), row("q", "a", image="lost.png"), row("q", "a", image="../x.png"), *good_rows(8)]
+    path = write_both(tmp_path, rows)[0]
+    alone = open_set(path, pictures, cache_dir=str(tmp_path / "alone")).report()
+    starts = []
+    monkeypatch.setattr(conversations_module, "PARALLEL_ROWS", 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(
+        conversations_module, "ProcessPoolExecutor", lambda count, mp_context: starts.append(count) or ProcessPoolExecutor(count, mp_context=mp_context)
+    )
+    assert open_set(path, pictures, cache_dir=str(tmp_path / "together")).report() == alone and starts == [2]
+    assert alone["rejected"] == {"empty_answer": 1, "missing_picture": 1, "outside_image_folder": 1}
+    one, other = (load_file(next((tmp_path / name).iterdir())) for name in ("alone", "together"))
+    assert all(np.array_equal(one[name], other[name]) for name in ("spans", "verdicts"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.sampled_from(["good", *dict.fromkeys(r for r, _ in BAD)]), min_size=1, max_size=12), min_size=1, max_size=3), st.data())
+def test_every_good_row_of_a_mixture_goes_through_and_every_bad_one_is_counted(tmp_path, pictures, kinds, data):
+    """Sources of any share: what is taken are good rows of that source, each once, in its order; counts add up."""
+    bad, sources, expected = dict(BAD), [], []
+    for number, source in enumerate(kinds):
+        rows = [row("q", "a") if kind == "good" else bad[kind] for kind in source]
+        rows = [{**r, "id": f"{number}-{n}"} if isinstance(r, dict) else r for n, r in enumerate(rows)]
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(rows))
+        (tmp_path / f"{number}.json.rows").unlink(missing_ok=True)  # files of one size within one tick of the clock
+        good = [f"{number}-{n}" for n, kind in enumerate(source) if kind == "good"]
+        take, count = data.draw(st.sampled_from([("all", len(good)), (f"first:{len(good) // 2}", len(good) // 2), (f"random:{len(good) // 2}", len(good) // 2),
+                                                 ("50%", len(good) // 2)]))  # fmt: skip
+        expected.append((good, take, count))
+        sources.append(ConversationSource(path=str(path), images=str(pictures), take=take))
+    if not sum(count for *_, count in expected):
+        with pytest.raises(UserError, match="no usable conversation"):
+            ConversationSet(sources)
+        return
+    mixture = ConversationSet(sources)
+    taken = [mixture[index].id for index in range(len(mixture))]
+    for number, (good, take, count) in enumerate(expected):
+        mine = [name for name in taken if name.startswith(f"{number}-")]
+        assert len(mine) == count and mine == [name for name in good if name in set(mine)]
+        assert take not in ("all", f"first:{count}") or mine == good[:count]
+    report = mixture.report()
+    counted = Counter(kind for source in kinds for kind in source if kind != "good")
+    assert report["rejected"] == counted and report["good"] + sum(counted.values()) == report["rows"] == sum(map(len, kinds))
+    assert taken == sorted(taken, key=lambda name: int(name[0])) and report["taken"] == len(taken)
 
 
 def test_sources_follow_each_other(tmp_path, pictures):

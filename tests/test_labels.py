@@ -244,7 +244,7 @@ def test_long_rows_lose_whole_turns_only(formats, kind):
         kept = cut.num_images
         assert len(cut.ids) == max(end for end in ends if end <= limit) == ends[kept - 1]
         assert (
-            cut.num_turns_cut == 6 - 2 * kept
+            cut.num_cut == 6 - 2 * kept
             and cut.ids == whole.ids[: len(cut.ids)]
             and cut.labels == whole.labels[: len(cut.ids)]
         )
@@ -307,6 +307,17 @@ def test_other_unfit_templates_are_refused(folders, template, message):
     tokenizer = AutoTokenizer.from_pretrained(folders["plain"])
     with pytest.raises(TemplateError, match=message):
         ChatFormat(tokenizer, chat_template("own", "<|image|>", template), "<|image|>")
+
+
+@pytest.mark.parametrize("pad,message", [(None, "missing"), ("<|eot_id|>", "a stop token"), ("<|end_of_text|>", "a stop token")])
+def test_a_pad_token_that_is_missing_or_ends_answers_is_refused_until_it_is_prepared(folders, pad, message):
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama3"])
+    tokenizer.pad_token = pad
+    with pytest.raises(UserError, match=f"the pad token is {message}; call prepare_tokenizer") as error:
+        ChatFormat(tokenizer, tokenizer.chat_template, "<|image|>")
+    assert "\n" not in str(error.value)
+    image_token = prepare_tokenizer(tokenizer)
+    assert tokenizer.pad_token_id not in ChatFormat(tokenizer, tokenizer.chat_template, image_token).stop_ids
 
 
 def test_templates_that_are_not_there_are_refused():

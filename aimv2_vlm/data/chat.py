@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.conversations import IMAGE, Conversation, Turn
+from aimv2_vlm.data.interleaved import Document
 
 IGNORED = -100
 VICUNA_SYSTEM = (
@@ -103,7 +106,7 @@ class Assembled:
     ids: list[int]
     labels: list[int]
     num_images: int
-    num_turns_cut: int
+    num_cut: int  # turns of a conversation, pieces of a document
 
 
 class TemplateError(UserError):
@@ -111,14 +114,15 @@ class TemplateError(UserError):
 
 
 class RowTooLong(ValueError):
-    """Not even the first question and answer fit."""
+    """Not even the first question and answer (of a document, what stands before its first text, and that) fit."""
 
 
 class ChatFormat:
     """Assembles ids for one tokenizer and template. Refuses (TemplateError) a template for which the prefix law fails.
 
     tokenizer: a fast tokenizer of transformers. template: Jinja, from `chat_template`. image_token: one special token.
-    stop_ids: the tokens that end an answer. end_ids: what follows an answer and is learned with it.
+    stop_ids: the tokens that end an answer. end_ids: what follows an answer and is learned with it. document_end_id: what
+    ends a document.
     """
 
     def __init__(self, tokenizer, template: str, image_token: str) -> None:
@@ -140,6 +144,8 @@ class ChatFormat:
             if t in ("<|eot_id|>", "<|end_of_text|>")
         }
         self.stop_ids = sorted(stops)
+        ends = [token for token in ("<|end_of_text|>", "<|endoftext|>", tokenizer.eos_token) if token in self._special]
+        self.document_end_id = tokenizer.convert_tokens_to_ids(ends[0]) if ends else self.end_ids[-1]
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stops:
             raise UserError(
                 f"{self._name}: the pad token is {'missing' if tokenizer.pad_token_id is None else 'a stop token'}"
@@ -192,6 +198,41 @@ class ChatFormat:
                 f"{len(shown) + len(answer)} tokens in the first question and answer, max_length is {max_length}"
             )
         return Assembled(ids, labels, num_images, len(conversation.turns) - turns_kept)
+
+    def assemble_document(
+        self, document: Document, num_image_tokens: Sequence[int], max_length: int | None = None
+    ) -> Assembled:
+        """Ids and labels of an interleaved document: BOS, its pieces, the end of text. Every text token is learned.
+
+        Documents over max_length lose pieces at the end, and with them the end of text; a text stays last. Raises RowTooLong.
+        """
+        if len(num_image_tokens) != len(document.images):
+            raise ValueError(f"{len(num_image_tokens)} token counts for {len(document.images)} images")
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+        def ids_of(num_pieces: int) -> list[int]:
+            """Texts that follow each other are tokenised as one: a reader's tokens know nothing of pieces."""
+            ids, counts = list(bos), iter(num_image_tokens)
+            for is_text, run in groupby(document.pieces[:num_pieces], key=lambda piece: piece is not None):
+                if is_text:
+                    ids += (self._later if ids else self._first)("".join(run))
+                else:
+                    ids += [self.image_token_id] * sum(next(counts) for _ in run)
+            return ids
+
+        kept = len(document.pieces)
+        ids = [*ids_of(kept), self.document_end_id]
+        if max_length is not None and len(ids) > max_length:
+            ends = [number for number, piece in enumerate(document.pieces, 1) if piece is not None]
+            fitting = bisect_right(ends, max_length, key=lambda end: len(ids_of(end)))
+            if not fitting:
+                raise RowTooLong(f"{len(ids_of(ends[0]))} tokens until the end of the first text, max_length is {max_length}")
+            kept = ends[fitting - 1]
+            ids = ids_of(kept)
+        labels = [IGNORED if token == self.image_token_id else token for token in ids]
+        labels[0] = IGNORED  # nothing precedes it
+        num_images = sum(piece is None for piece in document.pieces[:kept])
+        return Assembled(ids, labels, num_images, len(document.pieces) - kept)
 
     # ----------------------------------------------------------------------------------------------------------- inside
 
@@ -281,15 +322,16 @@ class ChatFormat:
                     images = tuple("image" for turn in turns if IMAGE in turn.text)
                     self.assemble(Conversation("probe", images, tuple(turns)), [1] * len(images))
                     for answer in turns[1::2]:
-                        learned = self._decode(self.answer_ids(answer.text) + self.end_ids)
-                        if learned != answer.text + self._decode(self.end_ids):
+                        learned = self.decode(self.answer_ids(answer.text) + self.end_ids)
+                        if learned != answer.text + self.decode(self.end_ids):
                             raise TemplateError(f"{self._name}: the answer {answer.text!r} is learned as {learned!r}")
                 return encode
             except TemplateError as error:
                 failures.append(error)
         raise failures[0]
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens by their names."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -335,6 +377,19 @@ def _flat_steps(step: dict | None) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def open_tokenizer(path: str | Path):
+    """The fast tokenizer of a folder or hub name. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    try:
+        opened = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm: {path}: no tokenizer: {str(error).strip().splitlines()[0]}") from None
+    if not opened.is_fast:
+        raise UserError(f"llm: {path}: its tokenizer has no fast version, which assembling ids needs")
+    return opened
 
 
 def prepare_tokenizer(tokenizer) -> str:

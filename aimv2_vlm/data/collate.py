@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.data.chat import IGNORED, ChatFormat, RowTooLong, TemplateError
-from aimv2_vlm.data.conversations import ConversationSet
+from aimv2_vlm.data.chat import IGNORED, Assembled, ChatFormat, RowTooLong, TemplateError
+from aimv2_vlm.data.conversations import Conversation, ConversationSet
+from aimv2_vlm.data.interleaved import Document
 from aimv2_vlm.data.packing import pack_rows
 from aimv2_vlm.data.tiling import Tiling, cut_views, only_normalizes, picture_views
 from aimv2_vlm.data.transforms import BadImage, decode_image, normalize, read_header
@@ -39,15 +40,29 @@ class Row:
     )  # (views, 3, tile, tile) pixels or (views, N, D) features each
     image_sizes: list[list[int]] = field(default_factory=list)  # (height, width) as LlavaNext means them
     weight: float = 1.0
-    num_turns_cut: int = 0
+    num_cut: int = 0  # turns or pieces that max_length took
     bad: str | None = None
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A row before its pictures are decoded; without `assembled` where it is bad."""
+
+    index: int
+    conversation: Conversation | Document
+    counts: Sequence[int] = ()
+    assembled: Assembled | None = None
+
+    @property
+    def length(self) -> int:
+        return 1 if self.assembled is None else len(self.assembled.ids)
+
+
 class InstructionDataset:
-    """Rows of conversations as ids, labels and pictures. `features`: a FeatureCache, or None to deliver pixels.
+    """Rows of conversations and documents as ids, labels and pictures. `features`: a FeatureCache, or None to deliver pixels.
 
     What only decoding shows (a broken picture, a row too long) keeps its position: `fetch` gives a row of weight 0
-    with the reason. max_length: tokens of a row; longer ones lose turns at the end.
+    with the reason. max_length: tokens of a row; longer ones lose turns (documents: pieces) at the end.
     """
 
     def __init__(
@@ -67,50 +82,67 @@ class InstructionDataset:
 
     def fetch(self, index: int) -> Row:
         """The row at `index`. Never raises for what is wrong with the row itself."""
-        conversation = self.conversations[index]
-        try:
-            pictures = [self._picture(self.conversations.picture_path(index, name)) for name in conversation.images]
-            counts = [self.tiling.num_image_tokens(*size) for _, size, _ in pictures]
-            assembled = self.chat.assemble(conversation, counts, self.max_length)
-        except BadImage as error:
-            return self._bad(index, f"picture: {error}")
-        except RowTooLong as error:
-            return self._bad(index, f"too_long: {error}")
-        except TemplateError as error:
-            return self._bad(index, f"prefix_law: {error}")
-        kept = pictures[: assembled.num_images]
-        return Row(
-            assembled.ids,
-            assembled.labels,
-            [views for views, _, _ in kept],
-            [list(size) for _, _, size in kept],
-            num_turns_cut=assembled.num_turns_cut,
-        )
+        return self._fetch(self._plan(index))
 
     def length(self, index: int) -> int:
         """Tokens of the row at `index`, without decoding its pictures; 1 for a row that will be of weight 0.
 
         For sharing out rows: a picture that turns out otherwise costs balance, nothing else.
         """
-        conversation = self.conversations[index]
-        try:
-            paths = [self.conversations.picture_path(index, name) for name in conversation.images]
-            counts = [self.tiling.num_image_tokens(*self._size(path)) for path in paths]
-            return len(self.chat.assemble(conversation, counts, self.max_length).ids)
-        except (BadImage, RowTooLong, TemplateError):
-            return 1
+        return self._plan(index).length
 
     def microbatches(
         self, indices: Sequence[int], max_rows: int, budget: int | None = None, rank: int = 0, world: int = 1
     ) -> list[dict[str, Any]]:
         """The micro-batches (`collate`) of process `rank` in a step of the rows `indices`; the rows of a step are the same for
         every world. max_rows, budget: most rows and tokens of a micro-batch. A pure function of the rows."""
-        lengths = [self.length(index) for index in indices]
+        rows = [self._plan(index) for index in indices]
+        lengths = [row.length for row in rows]
         plan = pack_rows(lengths, world, budget or max(1, sum(lengths)), max_rows)[rank]
-        return [self.collate([self.fetch(indices[number]) for number in numbers]) for numbers in plan]
+        return [self.collate([self._fetch(rows[number]) for number in numbers]) for numbers in plan]
+
+    def _plan(self, index: int) -> _Planned:
+        """The row at `index` as far as it is known without decoding its pictures."""
+        conversation = self.conversations[index]
+        try:
+            paths = [self.conversations.picture_path(index, name) for name in conversation.images]
+            counts = [self.tiling.num_image_tokens(*self._size(path)) for path in paths]
+            return _Planned(index, conversation, counts, self._assemble(conversation, counts))
+        except (BadImage, RowTooLong, TemplateError):
+            return _Planned(index, conversation)  # `_fetch` tells the reason
+
+    def _fetch(self, row: _Planned) -> Row:
+        """Ids are assembled anew only where a decoded picture takes other tokens than its header promised."""
+        try:
+            paths = [self.conversations.picture_path(row.index, name) for name in row.conversation.images]
+            pictures = [self._picture(path) for path in paths]
+            counts = [self.tiling.num_image_tokens(*size) for _, size, _ in pictures]
+            assembled = row.assembled
+            if assembled is None or counts != row.counts:
+                assembled = self._assemble(row.conversation, counts)
+        except BadImage as error:
+            return self._bad(row.index, f"picture: {error}")
+        except RowTooLong as error:
+            return self._bad(row.index, f"too_long: {error}")
+        except TemplateError as error:
+            return self._bad(row.index, f"prefix_law: {error}")
+        kept = pictures[: assembled.num_images]
+        return Row(
+            assembled.ids,
+            assembled.labels,
+            [views for views, _, _ in kept],
+            [list(size) for _, _, size in kept],
+            num_cut=assembled.num_cut,
+        )
+
+    def _assemble(self, conversation: Conversation | Document, counts: Sequence[int]) -> Assembled:
+        if isinstance(conversation, Document):
+            return self.chat.assemble_document(conversation, counts, self.max_length)
+        return self.chat.assemble(conversation, counts, self.max_length)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """`AssistantForTraining.forward`'s arguments and `bad`: the reasons of rows of weight 0. Without a row, one pad token
+        """`AssistantForTraining.forward`'s arguments `num_truncated` (rows that max_length cut) and `bad`: the reasons
+        of rows of weight 0. Without a row, one pad token
         from which nothing is learned: the process takes its part in what all do together."""
         bad = [row.bad for row in rows if row.bad is not None]
         num_rows = len(rows)
@@ -128,6 +160,7 @@ class InstructionDataset:
             "image_sizes": [size for row in rows for size in row.image_sizes],
             "views_per_image": [len(views) for views in pictures],
             "num_rows": num_rows,
+            "num_truncated": sum(row.num_cut > 0 for row in rows),
             "bad": bad,
         }
 

@@ -1,4 +1,5 @@
-"""LLaVA conversations (JSON list) and Cambrian's (JSONL): rows by offset, cleaned, or rejected under a named reason.
+"""LLaVA conversations (JSON list), Cambrian's (JSONL) and interleaved documents: rows by offset, cleaned, or rejected under
+a named reason.
 
 A file of millions of rows is scanned once; row offsets and verdicts are kept beside it (`<file>.rows`), and rebuilt
 when the file's size or time changes. Rows are never read through a type-inferring reader: ids may be text or
@@ -10,12 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import stat
 import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +30,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.interleaved import PARSERS, Document
+from aimv2_vlm.data.layouts import describe_missing
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NO_IMAGE = {"", "None", "none", "nan"}
-INDEX_VERSION = 1
+FORMATS = ("conversations", *PARSERS)
+INDEX_VERSION = 2
+PARALLEL_ROWS = 100_000  # below this, starting processes takes longer than judging
+MOST_NAMES = 500_000  # pictures remembered while a file is judged; those of more rows are looked for again
 
 # Verdicts are stored as positions in this list; other rules under the same names need another INDEX_VERSION.
 REASONS = [
@@ -49,7 +61,16 @@ REASONS = [
     "image_count_mismatch",  # the number of <image> is not the number of images
     "missing_picture",  # no such file under the image folder
     "empty_question",  # a user's turn without text and without image
+    "outside_image_folder",  # an absolute name, one that climbs out by .., or a link that leads out
+    # Of documents only:
+    "no_document",  # a list of the format is missing, empty or no list
+    "length_mismatch",  # `images` and `texts` are of different length
+    "malformed_piece",  # neither text nor null, or text and picture in one place
+    "bad_match",  # a picture without a name, or matched to a text that is not there
+    "no_text",  # pictures alone: nothing to learn
+    "picture_is_url",  # nothing is downloaded: the names must be those of files
 ]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CODE = {reason: code for code, reason in enumerate(REASONS)}
 
 
@@ -71,6 +92,10 @@ class Conversation:
     turns: tuple[Turn, ...]  # user, assistant, user, assistant, ...
     system: str | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        return [turn.text for turn in self.turns]
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -83,8 +108,7 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
     """Judge one decoded row by formats' rules; pictures are not looked at. `index` names rows that have no id."""
     if not isinstance(row, dict):
         return Rejection(index, f"row {index}", "not_an_object")
-    name = row.get("id")
-    name = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) and name != "" else f"row {index}"
+    name = _name(row.get("id"), index)
 
     def reject(reason: str) -> Rejection:
         return Rejection(index, name.encode("utf-8", "replace").decode(), reason)
@@ -114,7 +138,7 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
             system = text.strip() or None
         else:
             return reject("system_turn_inside")
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in "".join([name, system or "", *images, *(t.text for t in cleaned)])):
+    if not _is_text([name, system or "", *images, *(turn.text for turn in cleaned)]):
         return reject("invalid_text")
     if not cleaned or cleaned[0].role != "user":
         return reject("first_turn_not_user")
@@ -137,6 +161,25 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
     elif len(images) == 1:
         cleaned = [Turn("user", _image_first(t.text)) if t.role == "user" and IMAGE in t.text else t for t in cleaned]
     return Conversation(name, images, tuple(cleaned), system)
+
+
+def parse_document(row: Any, index: int, format: str) -> Document | Rejection:
+    """`parse_row` for one document of a format in `interleaved.PARSERS`."""
+    if not isinstance(row, dict):
+        return Rejection(index, f"row {index}", "not_an_object")
+    name = _name(row.get("id", row.get("url")), index)
+    document = PARSERS[format](row, name)
+    if isinstance(document, Document) and not _is_text([name, *document.images, *document.texts]):
+        document = "invalid_text"
+    return document if isinstance(document, Document) else Rejection(index, name.encode("utf-8", "replace").decode(), document)
+
+
+def _name(field: Any, index: int) -> str:
+    return str(field) if isinstance(field, (str, int)) and not isinstance(field, bool) and field != "" else f"row {index}"
+
+
+def _is_text(parts: Iterable[str]) -> bool:
+    return _SURROGATE.search("".join(parts)) is None
 
 
 def _images(field: Any) -> tuple[str, ...] | None:
@@ -169,28 +212,87 @@ class Rows:
         return len(self.spans)
 
     def read(self, index: int) -> bytes:
-        start, length = (int(v) for v in self.spans[index])
+        start, length = self.spans[index].tolist()
         if self._file is None:
             self._file = open(self.path, "rb")
         return os.pread(self._file.fileno(), length, start)
+
+    def load(self, index: int) -> Any:
+        """The decoded row. Raises ValueError or RecursionError for what is no JSON."""
+        return json.loads(self.read(index))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
 
 
+class ParquetRows:
+    """Random access to the rows of a parquet file, some columns of them; the row group read last is kept.
+
+    `spans` (num_rows, 2): row group, and the row's place in it.
+    """
+
+    def __init__(self, path: str | os.PathLike, columns: Sequence[str], spans: np.ndarray | None = None) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        self.path, self.columns = str(path), list(columns)
+        try:
+            self._file = parquet.ParquetFile(self.path)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{self.path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        missing = [column for column in columns if column not in self._file.schema_arrow.names]
+        if missing:
+            raise UserError(f"{self.path}: has no column {', '.join(missing)}; set the source's format to what the file holds")
+        about = self._file.metadata
+        groups = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        self.spans = np.array([(group, row) for group, count in enumerate(groups) for row in range(count)], np.int64).reshape(-1, 2)
+        self._group: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def load(self, index: int) -> dict:
+        """The row as a mapping. Raises ValueError for a damaged row group."""
+        group, row = self.spans[index].tolist()
+        if self._group[0] != group:
+            import pyarrow
+
+            try:
+                self._group = (group, self._file.read_row_group(group, self.columns, use_threads=False))
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ValueError(str(error)) from None
+        return self._group[1].slice(row, 1).to_pylist()[0]
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "columns": self.columns}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+
+def _open_rows(path: str, format: str, spans: np.ndarray | None = None) -> Rows | ParquetRows:
+    if not path.endswith(".parquet"):
+        return Rows(path, spans)
+    if format != "obelics":
+        raise UserError(f"{path}: of parquet files only OBELICS-style documents are read; set format: obelics, or give .json or .jsonl")
+    return ParquetRows(path, ("images", "texts"))
+
+
 def _scan(path: str) -> np.ndarray:
     """Byte spans of all rows. Blank lines of a .jsonl are no rows. Raises UserError where a list is broken."""
+    spans = array("q")
     if path.endswith((".jsonl", ".ndjson")):
-        spans, position = [], 0
+        position = 0
         with open(path, "rb") as file:
             for line in file:
-                if line.strip():
-                    spans.append((position, len(line)))
+                if not line.isspace():
+                    spans.extend((position, len(line)))
                 position += len(line)
     else:
         # latin-1 keeps one character per byte, so that positions found by the decoder are byte positions.
         text = Path(path).read_bytes().decode("latin-1")
-        spans = list(_list_spans(text, path))
+        for span in _list_spans(text, path):
+            spans.extend(span)
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
@@ -215,6 +317,8 @@ def _list_spans(text: str, path: str) -> Iterator[tuple[int, int]]:
 
 
 class SourceLike(Protocol):
+    """config.ConversationSource; `format` and `follow_links` may be absent."""
+
     path: str
     images: str | None
     take: str
@@ -225,20 +329,21 @@ class _Source:
 
     def __init__(self, source: SourceLike, seed: int, cache_dir: str | None) -> None:
         self.path, self.root, self.take = str(source.path), str(source.images or ""), source.take or "all"
+        self.format = getattr(source, "format", "conversations")
+        if self.format not in FORMATS:
+            raise UserError(f"{self.path}: format: {self.format!r} is none of {', '.join(FORMATS)}")
+        self.folder = _ImageFolder(self.root, getattr(source, "follow_links", False))
         if not os.path.isfile(self.path):
             raise UserError(f"{self.path}: no such conversation file")
         if self.root and not os.path.isdir(self.root):
             raise UserError(f"{self.root}: no such image folder (images of {self.path})")
-        self.rows, self.verdicts = _indexed(self.path, self.root, cache_dir)
+        self.rows, self.verdicts = self._indexed(cache_dir)
         good = np.flatnonzero(self.verdicts == 0)
         self.taken = good[_take(self.take, len(good), seed, self.path)]
 
-    def judge(self, index: int) -> Conversation | Rejection:
-        try:
-            row = json.loads(self.rows.read(index))
-        except (ValueError, RecursionError):
-            return Rejection(index, f"row {index}", "invalid_json")
-        return parse_row(row, index)
+    def judge(self, index: int) -> Conversation | Document | Rejection:
+        """One row by its own content; pictures are not looked for."""
+        return _judge(self.rows, self.format, index)
 
     def rejections(self) -> Iterator[Rejection]:
         for index in np.flatnonzero(self.verdicts != 0):
@@ -261,36 +366,129 @@ class _Source:
             "taken": len(self.taken),
             "rejected": dict(counts),
             "rejected_ids": examples,
+            "missing_folders": describe_missing(self.root, self._missing_names()),
         }
 
+    def _missing_names(self) -> Iterator[str]:
+        """Names of the pictures that are not there, each once."""
+        seen: set[str] = set()
+        for index in np.flatnonzero(self.verdicts == _CODE["missing_picture"]):
+            verdict = self.judge(int(index))
+            for name in () if isinstance(verdict, Rejection) else verdict.images:
+                if name not in seen and self.folder.problem(name) == "missing_picture":
+                    seen.add(name)
+                    yield name
 
-def _indexed(path: str, root: str, cache_dir: str | None) -> tuple[Rows, np.ndarray]:
-    """Rows and verdicts, from the stored index where it fits the file; rows whose picture was missing are looked at
-    again."""
-    from safetensors import SafetensorError, safe_open
+    def _indexed(self, cache_dir: str | None) -> tuple[Rows | ParquetRows, np.ndarray]:
+        """Rows and verdicts, from the stored index where it fits the file; rows whose picture was missing or elsewhere
+        are looked at again."""
+        from safetensors import SafetensorError, safe_open
 
-    stat = os.stat(path)
-    key = {
-        "version": f"{INDEX_VERSION}: {' '.join(REASONS)}",
-        "size": str(stat.st_size),
-        "mtime": str(stat.st_mtime_ns),
-        "images": os.path.abspath(root) if root else "",
-    }
-    place = _index_path(path, cache_dir)
+        status = os.stat(self.path)
+        key = {
+            "version": f"{INDEX_VERSION}: {' '.join(REASONS)}",
+            "size": str(status.st_size),
+            "mtime": str(status.st_mtime_ns),
+            "images": os.path.abspath(self.root) if self.root else "",
+            "format": self.format,
+            "follow_links": str(self.folder.follow_links),
+        }
+        place = _index_path(self.path, cache_dir)
+        try:
+            with safe_open(place, framework="np") as index:
+                spans, verdicts = index.get_tensor("spans"), index.get_tensor("verdicts")
+                if index.metadata() == key and _fits(spans, verdicts, status.st_size):
+                    self.rows = _open_rows(self.path, self.format, spans)
+                    again = np.flatnonzero(np.isin(verdicts, [_CODE["missing_picture"], _CODE["outside_image_folder"]]))
+                    verdicts[again] = _judge_all(self.rows, self.format, self.folder, again.tolist())
+                    return self.rows, verdicts
+        except (OSError, SafetensorError):
+            pass  # no index yet, or a broken one: it is made again
+        self.rows = _open_rows(self.path, self.format)
+        verdicts = self._judge_everything()
+        _write_index(place, self.rows.spans, verdicts, key)
+        return self.rows, verdicts
+
+    def _judge_everything(self) -> np.ndarray:
+        """Verdicts of all rows; of a large file by one process a core, whose number changes nothing but the time."""
+        count = len(os.sched_getaffinity(0))
+        if isinstance(self.rows, Rows) and len(self.rows) >= PARALLEL_ROWS and count > 1 and not multiprocessing.current_process().daemon:
+            parts = np.array_split(self.rows.spans, -(-len(self.rows) // PARALLEL_ROWS))
+            pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+            try:
+                return np.concatenate(list(pool.map(partial(_judge_part, self.path, self.format, self.root, self.folder.follow_links), parts)))
+            except BrokenProcessPool:
+                pass  # a script without a main guard, or a process killed for memory: this one does the work
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        return _judge_all(self.rows, self.format, self.folder, range(len(self.rows)))
+
+
+def _judge(rows: Rows | ParquetRows, format: str, index: int) -> Conversation | Document | Rejection:
     try:
-        with safe_open(place, framework="np") as index:
-            spans, verdicts = index.get_tensor("spans"), index.get_tensor("verdicts")
-            if index.metadata() == key and _fits(spans, verdicts, stat.st_size):
-                rows = Rows(path, spans)
-                missing = np.flatnonzero(verdicts == _CODE["missing_picture"])
-                verdicts[missing] = _judge_all(rows, root, missing)
-                return rows, verdicts
-    except (OSError, SafetensorError):
-        pass  # no index yet, or a broken one: it is made again
-    rows = Rows(path)
-    verdicts = _judge_all(rows, root, range(len(rows)))
-    _write_index(place, rows.spans, verdicts, key)
-    return rows, verdicts
+        row = rows.load(index)
+    except (ValueError, RecursionError):
+        return Rejection(index, f"row {index}", "invalid_json")
+    return parse_row(row, index) if format == "conversations" else parse_document(row, index, format)
+
+
+def _judge_all(rows: Rows | ParquetRows, format: str, folder: _ImageFolder, indices: Iterable[int]) -> np.ndarray:
+    """Verdicts (len(indices),) uint8: positions in REASONS."""
+    codes = bytearray()
+    for index in indices:
+        verdict = _judge(rows, format, index)
+        if isinstance(verdict, Rejection):
+            codes.append(_CODE[verdict.reason])
+        else:
+            codes.append(max((_CODE[folder.problem(name)] for name in verdict.images), default=0))
+    return np.frombuffer(codes, dtype=np.uint8)
+
+
+def _judge_part(path: str, format: str, root: str, follow_links: bool, spans: np.ndarray) -> np.ndarray:
+    return _judge_all(Rows(path, spans), format, _ImageFolder(root, follow_links), range(len(spans)))
+
+
+class _ImageFolder:
+    """Which names are pictures under `root`. Links that lead out of it count as outside, unless `follow_links`."""
+
+    def __init__(self, root: str, follow_links: bool) -> None:
+        self.root, self.follow_links = root, follow_links
+        self._real_root = os.path.realpath(root or ".")
+        self._known: dict[str, str] = {}  # pictures are shared by many rows
+        self._folders: dict[str, bool] = {}
+
+    def problem(self, name: str) -> str:
+        """good | missing_picture | outside_image_folder. One look at the file; one more for every folder."""
+        if name not in self._known:
+            if len(self._known) >= MOST_NAMES:
+                self._known.clear()
+            self._known[name] = self._look(name)
+        return self._known[name]
+
+    def _look(self, name: str) -> str:
+        if os.path.isabs(name) or (os.pardir in name and os.path.normpath(name).split(os.sep)[0] == os.pardir):
+            return "outside_image_folder"
+        path = os.path.join(self.root, name)
+        try:
+            if self.follow_links:
+                return "good" if stat.S_ISREG(os.stat(path).st_mode) else "missing_picture"
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                mode = os.stat(path).st_mode
+                inside = self._is_inside(os.path.realpath(path))
+            else:
+                folder = os.path.dirname(path)
+                if folder not in self._folders:
+                    self._folders[folder] = self._is_inside(os.path.realpath(folder))
+                inside = self._folders[folder]
+        except (OSError, ValueError):
+            return "missing_picture"
+        if not stat.S_ISREG(mode):
+            return "missing_picture"
+        return "good" if inside else "outside_image_folder"
+
+    def _is_inside(self, path: str) -> bool:
+        return path == self._real_root or path.startswith(self._real_root.rstrip(os.sep) + os.sep)
 
 
 def _fits(spans: np.ndarray, verdicts: np.ndarray, file_size: int) -> bool:
@@ -305,31 +503,6 @@ def _fits(spans: np.ndarray, verdicts: np.ndarray, file_size: int) -> bool:
         and bool(((spans >= 0) & (spans <= file_size)).all())
         and bool((spans.sum(1) <= file_size).all())
     )
-
-
-def _judge_all(rows: Rows, root: str, indices: Iterable[int]) -> np.ndarray:
-    exists: dict[str, bool] = {}  # pictures are shared by many rows
-    codes = []
-    for index in indices:
-        try:
-            verdict = parse_row(json.loads(rows.read(int(index))), int(index))
-        except (ValueError, RecursionError):
-            codes.append(_CODE["invalid_json"])
-            continue
-        if isinstance(verdict, Rejection):
-            codes.append(_CODE[verdict.reason])
-            continue
-        found = True
-        for name in verdict.images:
-            if name not in exists:
-                exists[name] = _is_file(os.path.join(root, name))
-            found &= exists[name]
-        codes.append(0 if found else _CODE["missing_picture"])
-    return np.array(codes, dtype=np.uint8)
-
-
-def _is_file(path: str) -> bool:
-    return "\0" not in path and os.path.isfile(path)
 
 
 def _index_path(path: str, cache_dir: str | None) -> str:
@@ -375,9 +548,9 @@ def _take(take: str, num_good: int, seed: int, path: str) -> np.ndarray:
 
 
 class ConversationSet:
-    """The usable conversations of all sources, one after another; everything is judged when it is opened.
+    """The usable conversations and documents of all sources, one after another; everything is judged when it is opened.
 
-    sources: objects with `.path`, `.images` (folder) and `.take`. seed: for `random:N` and `N%`. cache_dir: where row
+    sources: config.ConversationSource, or whatever has its fields. seed: for `random:N` and `N%`. cache_dir: where row
     indices go (default: beside each file). Pictures are only looked for here; one that cannot be decoded shows at
     fetch time.
     """
@@ -391,7 +564,7 @@ class ConversationSet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Conversation:
+    def __getitem__(self, index: int) -> Conversation | Document:
         source, row = self._locate(index)
         conversation = source.judge(row)
         if isinstance(conversation, Rejection):
@@ -425,6 +598,7 @@ class ConversationSet:
             "good": sum(s["good"] for s in sources),
             "taken": len(self),
             "rejected": dict(rejected),
+            "missing_folders": [line for source in sources for line in source.pop("missing_folders")],
             "sources": sources,
         }
 
@@ -442,7 +616,8 @@ def check_bad_fraction(report: dict, max_bad_fraction: float, at_least: int = 10
     if report["rows"] >= at_least and bad > max_bad_fraction * report["rows"]:
         worst = ", ".join(f"{reason} {count}" for reason, count in Counter(report["rejected"]).most_common(3))
         paths = ", ".join(source["path"] for source in report["sources"])
+        where = report.get("missing_folders", [])[:3]
         raise UserError(
             f"{paths}: {bad} of {report['rows']} rows are bad ({worst}), more than "
-            f"max_bad_fraction = {max_bad_fraction:g}; mend the file or raise the limit"
+            f"max_bad_fraction = {max_bad_fraction:g}; mend the file or raise the limit" + "".join(f". {line}" for line in where)
         )

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.data.conversations import ConversationSet
+from aimv2_vlm.data.conversations import IMAGE, Conversation, ConversationSet
 from aimv2_vlm.data.inspection import captions_of
+from aimv2_vlm.data.interleaved import Document
 from aimv2_vlm.data.shards import BadSample, ShardSet, atomic_file, open_index
 from aimv2_vlm.data.transforms import BadImage, decode_image, read_header
 from aimv2_vlm.page import page, picture_uri
@@ -105,9 +106,13 @@ def render(card: Card) -> str:
     return f"<article{' class=bad' if reason is not None else ''}>{''.join(parts)}<div>{''.join(lines)}</div></article>"
 
 
-def write_page(out: str | Path, title: str, facts: Sequence[str], cards: Sequence[Card], bad: Sequence[str], look: str = "") -> dict:
-    """Write the page atomically; returns {"path", "num_shown", "num_bad_shown", "num_bad"}."""
-    rendered = [render(card) for card in cards]
+def write_page(
+    out: str | Path, title: str, facts: Sequence[str], rendered: Sequence[str], bad: Sequence[str], look: str = "", style: str = STYLE, legend: str = ""
+) -> dict:
+    """Write the page atomically; returns {"path", "num_shown", "num_bad_shown", "num_bad"}.
+
+    rendered: articles in HTML (`render`), bad ones of class bad. legend: HTML behind the facts.
+    """
     left_out = ""
     if bad:
         more = f" (the first {MOST_BAD} of {len(bad)})" if len(bad) > MOST_BAD else f" ({len(bad)})"
@@ -115,7 +120,7 @@ def write_page(out: str | Path, title: str, facts: Sequence[str], cards: Sequenc
         left_out = f"<h2>Left out, with the reason{more}</h2><ul>{items}</ul>"
     facts_html = "".join(f'<p class="soft">{quoted(fact)}</p>' for fact in facts)
     sheet = f'<div class="sheet {look}">\n' + "\n".join(rendered) + "\n</div>"
-    whole = page(title, STYLE, facts_html, f"{sheet}\n{left_out}")
+    whole = page(title, style, facts_html + legend, f"{sheet}\n{left_out}")
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +130,13 @@ def write_page(out: str | Path, title: str, facts: Sequence[str], cards: Sequenc
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another file") from None
     return {
         "path": str(path),
-        "num_shown": len(cards),
-        "num_bad_shown": sum("class=bad" in card[:20] for card in rendered),
+        "num_shown": len(rendered),
+        "num_bad_shown": sum(article.startswith(('<article class=bad', '<article class="bad')) for article in rendered),
         "num_bad": len(bad),
     }
 
 
-def _draw(total: int, num: int, seed: int) -> list[int]:
+def draw_some(total: int, num: int, seed: int) -> list[int]:
     """`num` different positions out of `total`, in order; the same for the same seed."""
     if num < 1:
         raise UserError(f"--num {num}: must be at least 1")
@@ -152,7 +157,7 @@ def preview_shards(patterns: Any, out: str | Path, num: int = 64, seed: int = 0)
     if not total and not bad:
         raise UserError(f"{patterns}: the shards hold no sample")
     cards = []
-    for number in _draw(total, num, seed):
+    for number in draw_some(total, num, seed):
         shard = int(np.searchsorted(starts, number, side="right")) - 1
         sample = number - int(starts[shard])
         where = f"{shards.paths[shard].name}: {shards.key(shard, sample)}"
@@ -174,14 +179,14 @@ def preview_shards(patterns: Any, out: str | Path, num: int = 64, seed: int = 0)
         others = [(name, str(value)) for name, value in fields.items() if f"json:{name}" not in above]
         cards.append(Card([data], where, shown, others, None if shown else "no caption"))
     facts = [f"{len(cards)} of {total} samples in {len(shards.paths)} shards, drawn with seed {seed}"]
-    return write_page(out, f"{shards.paths[0].parent.name or 'shards'}: {len(cards)} samples", facts, cards, bad)
+    return write_page(out, f"{shards.paths[0].parent.name or 'shards'}: {len(cards)} samples", facts, list(map(render, cards)), bad)
 
 
 def preview_conversations(sources: Sequence[Any], out: str | Path, num: int = 64, seed: int = 0) -> dict:
-    """`num` conversations drawn from LLaVA or Cambrian files (`sources` as of ConversationSet), rejected rows listed."""
+    """`num` conversations or documents drawn from files (`sources` as of ConversationSet), rejected rows listed."""
     rows = ConversationSet(list(sources))
     cards = []
-    for number in _draw(len(rows), num, seed):
+    for number in draw_some(len(rows), num, seed):
         conversation = rows[number]
         pictures, reasons = [], []
         for path in rows.picture_paths(number):
@@ -189,10 +194,20 @@ def preview_conversations(sources: Sequence[Any], out: str | Path, num: int = 64
                 pictures.append(Path(path).read_bytes())
             except OSError as error:
                 reasons.append(f"{path}: cannot be read ({error.strerror})")
-        turns = [("system", conversation.system)] if conversation.system else []
-        turns += [(turn.role, turn.text) for turn in conversation.turns]
         about = f"{Path(rows.where(number)).name}, id {conversation.id}" + "".join(f", {name}" for name in conversation.images)
-        cards.append(Card(pictures, about, turns=turns, reason="; ".join(reasons) or None))
-    bad = [f"{Path(path).name}: row {rejection.row} (id {rejection.id}): {rejection.reason}" for path, rejection in rows.rejections()]
+        cards.append(Card(pictures, about, turns=_turns(conversation), reason="; ".join(reasons) or None))
     facts = [f"{len(cards)} of {len(rows)} usable conversations, drawn with seed {seed}", ", ".join(str(source.path) for source in sources)]
-    return write_page(out, f"{Path(sources[0].path).stem}: {len(cards)} conversations", facts, cards, bad, "talk")
+    facts += rows.report()["missing_folders"]
+    return write_page(out, f"{Path(sources[0].path).stem}: {len(cards)} conversations", facts, list(map(render, cards)), rejected_rows(rows), "talk")
+
+
+def _turns(conversation: Conversation | Document) -> list[tuple[str, str]]:
+    if isinstance(conversation, Document):
+        return [("document", "".join(IMAGE if piece is None else piece for piece in conversation.pieces))]
+    return [("system", conversation.system)] * bool(conversation.system) + [(turn.role, turn.text) for turn in conversation.turns]
+
+
+def rejected_rows(rows: ConversationSet) -> list[str]:
+    """Rows that are left out, by name; those whose pictures are missing come last (the report has them by folder)."""
+    rejected = sorted(rows.rejections(), key=lambda found: found[1].reason == "missing_picture")
+    return [f"{Path(path).name}: row {item.row} (id {item.id}): {item.reason}" for path, item in rejected]

@@ -520,6 +520,14 @@ def _texts(value: Any) -> list[str]:
     return [text for text in values if isinstance(text, str) and text.strip()]
 
 
+def scan_shard(tar_path: str | os.PathLike) -> tuple[list[_Member], list[_Open], list[_Damage]]:
+    """Every member of a tar, the samples that they form (with what is wrong with them), and the tar's damage; for writing it
+    anew. Reading goes by `build_index`."""
+    with open(tar_path, "rb") as file:
+        members = list(_walk(file, os.fstat(file.fileno()).st_size))
+    return [member for member in members if isinstance(member, _Member)], *_collect(members)
+
+
 def build_index(tar_path: str | os.PathLike) -> tuple[dict, dict]:
     """One pass over a tar -> (header, body), both JSON-ready.
 

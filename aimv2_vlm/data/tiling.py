@@ -66,8 +66,8 @@ class Tiling:
             raise UserError(f"tiling {self}: names a grid twice")
         if self.others and (1, 1) in self.grids:
             raise UserError(f"tiling {self}: 1x1 stands alone (a Llava); leave it out of a choice of grids")
-        if self.tile_size % self.patch_size:
-            raise UserError(f"tiling: tile size {self.tile_size} is no multiple of the patch size {self.patch_size}")
+        if self.tile_size < self.patch_size:
+            raise UserError(f"tiling: a tile of {self.tile_size} pixels holds no patch of {self.patch_size}")
         if self.source_size is not None and self.source_size < 1:
             raise UserError(f"tiling: source_size {self.source_size} must be at least 1 pixel")
 

@@ -1,4 +1,5 @@
-"""What `aimv2-vlm data check`, `pack` and `preview` print; the work is done in inspection.py, shards.py and preview.py."""
+"""What `aimv2-vlm data check`, `pack`, `preview` and `recaption` print; the work is done in inspection.py, shards.py, preview.py,
+label_page.py and evaluation/recaption.py."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ import argparse
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import ConversationSource, SftRecipe, UserError
+
+if TYPE_CHECKING:
+    from aimv2_vlm.data.conversations import ConversationSet
 
 NAMED = 20  # bad rows printed by name; --json and data_report.json have all
+TOKENIZER_ROWS = 2000  # that a page's own tokenizer is trained on
 LISTED = 5  # entries of any other list
 
 
@@ -34,6 +38,8 @@ def check(arguments: argparse.Namespace) -> int:
     """Count and validate shards or conversation files; exit status 1 when too many rows are bad or `--expect` is not met."""
     if _are_conversations(arguments.paths):
         return check_conversations(arguments)
+    if arguments.page:
+        raise UserError("--page is for conversations; data preview shows shards")
     from aimv2_vlm.data import inspection, shards
 
     with _bar("reading samples", "samples") as progress:
@@ -52,12 +58,13 @@ def check(arguments: argparse.Namespace) -> int:
 def check_conversations(arguments: argparse.Namespace) -> int:
     from aimv2_vlm.data import inspection
     from aimv2_vlm.data.conversations import ConversationSet
+    from aimv2_vlm.data.preview import rejected_rows
 
     if arguments.expect or arguments.caption:
         raise UserError(f"{arguments.paths[0]}: --expect and --caption are for shards, not for conversations")
     conversations = ConversationSet(_sources(arguments))
     report = conversations.report()
-    bad = [f"{path}: row {item.row} (id {item.id}): {item.reason}" for path, item in conversations.rejections()]
+    bad = rejected_rows(conversations)
     num_bad = len(bad)
     if arguments.decode or arguments.against:
         paths = list(dict.fromkeys(path for number in range(len(conversations)) for path in conversations.picture_paths(number)))
@@ -68,8 +75,67 @@ def check_conversations(arguments: argparse.Namespace) -> int:
         num_bad += pictures["num_bad_pictures"]
         report["pictures"] = pictures
     _write(arguments.json, report | {"bad": bad})
-    _show(report, bad)
+    _show({key: value for key, value in report.items() if key != "missing_folders"}, bad)
+    for line in report["missing_folders"]:
+        print(f"missing: {line}")
+    if arguments.page:
+        _label_page(arguments, conversations)
     return int(num_bad > arguments.max_bad_fraction * report["rows"])
+
+
+def _label_page(arguments: argparse.Namespace, conversations: ConversationSet) -> None:
+    from tempfile import TemporaryDirectory
+
+    from aimv2_vlm.config import IMAGENET_MEAN, IMAGENET_STD, SftRecipe
+    from aimv2_vlm.data import chat, label_page
+    from aimv2_vlm.data.collate import InstructionDataset
+    from aimv2_vlm.data.tiling import Tiling, image_processor
+    from aimv2_vlm.recipe import load_recipe
+
+    # Only paths of data can stand behind data_root: the page takes none of them from the recipe.
+    recipe = load_recipe("sft", arguments.recipe, ["data_root=."]) if arguments.recipe else SftRecipe()
+    llm, kind = arguments.llm or recipe.llm.path, arguments.template or recipe.llm.template
+    tile_size, patch_size, sizes_from = _encoder_sizes(recipe)
+    with TemporaryDirectory() as folder:
+        if llm is not None:
+            tokenizer = chat.open_tokenizer(llm)
+        else:
+            texts = (text for index in range(min(len(conversations), TOKENIZER_ROWS)) for text in conversations[index].texts)
+            tokenizer = chat.train_chat_tokenizer(texts, folder, recipe.llm.vocab_size, "plain" if kind == "own" else kind)
+        image_token = chat.prepare_tokenizer(tokenizer)
+        template = chat.chat_template(kind, image_token, tokenizer.chat_template)
+        format_ = chat.ChatFormat(tokenizer, template, image_token)
+    tiling = Tiling.parse(arguments.grid or recipe.tiling.grid, tile_size=tile_size, patch_size=patch_size, pad_square=recipe.tiling.pad_square,
+                          source_size=recipe.tiling.source_size)
+    longest = recipe.data.max_length if arguments.recipe else None
+    own = f"one of {len(tokenizer):,} tokens trained on these rows, as a decoder from scratch gets; another decoder's (--llm) counts otherwise"
+    about = [f"template {kind}; tokenizer: {llm or own}",
+             f"grid {tiling}, {tile_size} px a view, patches of {patch_size} px ({sizes_from}); {f'max_length {longest:,}' if longest else 'no row is cut'}"]
+    # Which pixels are shown does not depend on the encoder's mean, only how they are normalised.
+    data = InstructionDataset(conversations, format_, tiling, image_processor(tiling, IMAGENET_MEAN, IMAGENET_STD), max_length=longest)
+    done = label_page.write_label_page(data, arguments.page, about, arguments.num, arguments.seed)
+    print(f"{done['path']}: {done['num_shown']} rows shown, {done['num_bad_shown']} of them of weight 0")
+
+
+def _encoder_sizes(recipe: SftRecipe) -> tuple[int, int, str]:
+    """(pixels of a view, of a patch, where they are from): of the recipe's encoder where it is at hand."""
+    try:
+        config = json.loads((Path(recipe.encoder.path) / "config.json").read_text(encoding="utf-8"))
+        return int(recipe.encoder.image_size or config["image_size"]), int(config["patch_size"]), f"of {recipe.encoder.path}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return recipe.encoder.image_size or 336, 14, "of the recipe" if recipe.encoder.image_size else "assumed"
+
+
+def recaption(arguments: argparse.Namespace) -> int:
+    """Shards -> shards with synthetic captions; exit status 1 when too many samples have none."""
+    from aimv2_vlm.evaluation.recaption import recaption
+
+    with _bar("captioning", "samples") as progress:
+        report = recaption(
+            arguments.shards, arguments.out, arguments.model, prompt=arguments.prompt, field=arguments.field, batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens, precision=arguments.precision, progress=progress)
+    _show(report, report["bad"])
+    return int(report["num_bad"] > arguments.max_bad_fraction * (report["num_captions"] + report["num_bad"]))
 
 
 def preview(arguments: argparse.Namespace) -> int:
@@ -95,14 +161,15 @@ def _near_bits(arguments: argparse.Namespace) -> int:
 
 
 def _are_conversations(paths: list[str]) -> bool:
-    named = [str(path).endswith((".json", ".jsonl", ".ndjson")) for path in paths]
+    named = [str(path).endswith((".json", ".jsonl", ".ndjson", ".parquet")) for path in paths]
     if any(named) and not all(named):
         raise UserError(f"{' '.join(paths)}: shards and conversation files in one call; name them in two")
     return all(named)
 
 
-def _sources(arguments: argparse.Namespace) -> list[SimpleNamespace]:
-    return [SimpleNamespace(path=path, images=arguments.images, take="all") for path in arguments.paths]
+def _sources(arguments: argparse.Namespace) -> list[ConversationSource]:
+    more = {"images": arguments.images, "format": arguments.format, "follow_links": arguments.follow_links}
+    return [ConversationSource(path=path, **more) for path in arguments.paths]
 
 
 class _bar:
