@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from aimv2_vlm.config import Loop, UserError
+from aimv2_vlm.models.adapters import num_elements
 from aimv2_vlm.train.directory import fsync_path, sync_tree, write_atomically
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.metrics import say
@@ -178,7 +179,7 @@ def check_room(folder: Path, model: torch.nn.Module, num_steps: int, loop: Loop,
     problem = ""
     if placement.is_main:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        final = sum(p.numel() * p.element_size() for p in model.parameters())
+        final = sum(num_elements(p) * max(p.element_size(), 4 * (not p.is_floating_point())) for p in model.parameters())  # dequantised
         one = 3 * trained  # weights, two moments
         count = min(max(1, loop.keep_last) + 1, math.ceil(num_steps / loop.save_every)) + len(loop.keep_steps)
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from aimv2_vlm.config import Optimizer, UserError
+from aimv2_vlm.models.adapters import import_bitsandbytes
 
 NO_DECAY = ("norm", "bias", "position", "bos", "logit_scale")
 
@@ -76,8 +77,38 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(groups: list[dict], optim: Optimizer) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+def build_optimizer(groups: list[dict], optim: Optimizer) -> torch.optim.Optimizer:
+    """AdamW; `optim.states: 8bit` keeps its moments block-wise in 8 bits (in fp32 for tensors below 4,096 elements)."""
+    if optim.states == "fp32":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+    optimizer = import_bitsandbytes("optim.states").optim.AdamW8bit(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps)
+    optimizer.register_step_pre_hook(_clip_or_skip)
+    return optimizer
+
+
+def _clip_or_skip(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """What torch's fused AdamW does itself: gradients over `grad_scale`, and nothing at all where `found_inf` is 1.
+
+    The step counters of these states live on the host, so it has to look.
+    """
+    skip = bool(optimizer.found_inf)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        parameter.grad = None if skip else parameter.grad.div_(optimizer.grad_scale)
+
+
+def keeps_8bit_states(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer, "name2qmap")
+
+
+def state_of_8bit(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Live tensors of a parameter's 8-bit (or small fp32) moments, made where there are none yet, and a copy of its step."""
+    state = optimizer.state[parameter]
+    if not state:
+        place = ((g, p, i, j) for i, g in enumerate(optimizer.param_groups) for j, p in enumerate(g["params"]) if p is parameter)
+        optimizer.init_state(*next(place))
+    names = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scales": "absmax1", "exp_avg_sq_scales": "absmax2"}
+    step = torch.tensor(float(state["step"]), device=parameter.device)
+    return {name: state[key] for name, key in names.items() if key in state} | {"step": step}
 
 
 def describe(groups: list[dict]) -> list[str]:
