@@ -115,7 +115,7 @@ def dataset(folder, processor, features=None, max_length=None, **tiling):
 
 
 def arguments(batch):
-    kept = {key: value for key, value in batch.items() if key not in ("bad", "num_rows")}
+    kept = {key: value for key, value in batch.items() if key not in ("bad", "num_rows", "num_truncated")}
     return kept | ({"pixel_values": pixels_of(batch)} if "pixel_values" in batch else {})
 
 
@@ -413,6 +413,50 @@ def test_features_are_the_normalised_ones_of_all_patches(tokenizer_folder, grid)
     sizes = {} if grid == "1x1" else {"image_sizes": torch.tensor([[28, 28]])}
     model.model.get_image_features(pixels if grid == "1x1" else pixels[None], **sizes)
     assert torch.equal(seen[0], expected)
+
+
+@pytest.mark.parametrize(("kind", "layer", "grid"), [("clip", -2, "1x1"), ("clip", -2, "2x2"), ("siglip", None, "2x2"), ("siglip", -2, "1x1"), ("dinov2", -1, "2x2")])
+def test_a_comparison_encoder_makes_a_stock_assistant_too(tokenizer_folder, data, tmp_path, kind, layer, grid):
+    """What is trained on, what the stock class reads and what the encoder gives are the same features; also after saving."""
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=31, patch_size=14)  # 2 x 2 patches, a strip left over
+    torch.manual_seed(4)
+    tower = {
+        "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, intermediate_size=48)),
+        "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=48)),
+        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**sizes, mlp_ratio=2)),
+    }[kind]()
+    tower.save_pretrained(tmp_path / "encoder")
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}), encoding="utf-8")
+    model, processor = build_assistant(
+        tmp_path / "encoder", None, grid, tokenizer=str(tokenizer_folder), llm_config=LLAMA, layer=layer, tokens="all" if kind == "siglip" else "patches")
+    rows = dataset(data, processor)
+    batch = rows.microbatches(range(len(rows)), 8)[0]
+    loss = AssistantForTraining(model)(**arguments(batch))["text_sum"]
+    expected = stock_loss(model, batch, rows.tiling.num_views)
+    assert abs(loss - expected) <= 1e-5 * abs(expected)
+    pixels = torch.rand(2, 3, 31, 31)
+    out = tower.eval()(pixel_values=pixels, output_hidden_states=True)
+    wanted = out.last_hidden_state if layer is None else out.hidden_states[layer]
+    assert torch.allclose(encode_views(model, pixels), wanted[:, 0 if kind == "siglip" else 1 :], atol=1e-6)
+    model.save_pretrained(tmp_path / "final")
+    again = type(model).from_pretrained(tmp_path / "final").eval()
+    assert torch.allclose(stock_loss(again, batch, rows.tiling.num_views), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "keys", "message"), [
+    ("CLIPVision", {}, "encoder.tokens: all, but CLS"), ("CLIPVision", {"tokens": "patches"}, "write -1, or -2"),
+    ("CLIPVision", {"tokens": "patches", "layer": 7}, "has 2 blocks"), ("CLIPVision", {"tokens": "patches", "layer": -2, "image_size": 56}, "of its own 28 px"),
+    ("ViTMAE", {"tokens": "patches", "layer": -1}, "shuffles its patches"), ("Dinov2WithRegisters", {"tokens": "patches", "layer": -1}, "registers"),
+])  # fmt: skip
+def test_what_a_stock_llava_cannot_read_is_refused(tokenizer_folder, kind, keys, message):
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    encoder = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+    with pytest.raises(UserError, match=message):
+        build_assistant(encoder, None, "1x1", tokenizer=str(tokenizer_folder), llm_config=LLAMA, image_mean=MEAN, image_std=STD, **keys)
 
 
 STOCK = """

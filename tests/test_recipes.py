@@ -51,15 +51,21 @@ def test_every_shipped_recipe_loads_and_builds_on_the_meta_device(verb, path):
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(
                 vocab_size=llm.vocab_size, hidden_size=llm.hidden_size, intermediate_size=llm.intermediate_size,
-                num_hidden_layers=llm.num_layers, num_attention_heads=llm.num_heads))
+                num_hidden_layers=llm.num_layers, num_attention_heads=llm.num_heads, num_key_value_heads=llm.num_kv_heads))
         assert model.lm_head.weight.shape == (llm.vocab_size, llm.hidden_size)
         assert recipe.data.sources and recipe.optim.warmup_steps < recipe.optim.steps
     elif verb == "scaling":
         from aimv2_vlm.scaling import plan
 
         assert len(plan(recipe)) == len(recipe.sizes) * len(recipe.seeds)
-    else:
+    elif recipe.kind == "benchmarks":
         assert recipe.models and recipe.benchmarks and recipe.benchmark_root
+    else:
+        from aimv2_vlm.data.recognition import find_data_set
+        from aimv2_vlm.evaluation.cells import check_names
+
+        check_names(recipe.models, recipe.data_sets, recipe.out)
+        assert all(find_data_set(data.name).classes for data in recipe.data_sets)
 
 
 def test_floats_follow_yaml_1_2_and_words_stay_words(tmp_path):
@@ -130,7 +136,7 @@ def test_what_is_dumped_loads_as_the_same_recipe(tmp_path):
         recipe = load(verb, path)
         again = recipes.load_recipe(verb, str(write(tmp_path, recipes.dump(recipe))), [])
         assert recipes.differences(recipes.to_dict(recipe), recipes.to_dict(again)) == []
-    assert {type(load(v, p)) for v, p in SHIPPED} == set(recipes.FOLDERS.values())
+    assert {type(load(v, p)) for v, p in SHIPPED} == set(recipes.FOLDERS.values()) | set(recipes.config.EVALUATIONS.values())
 
 
 def test_recipes_copy_keeps_what_is_there(tmp_path, capsys):

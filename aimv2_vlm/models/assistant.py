@@ -42,10 +42,14 @@ def build_assistant(
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     max_new_tokens: int = 128,
+    image_size: int | None = None,
+    layer: int | None = None,
+    tokens: str = "all",
 ) -> tuple[nn.Module, Any]:
     """(model, processor), both stock: `LlavaForConditionalGeneration` for one view, `LlavaNext…` for tiles.
 
-    encoder: an Aimv2VisionModel (used as it is, weights untouched) or a checkpoint of any layout.
+    encoder: an Aimv2VisionModel or one of the encoders it is compared with (`models.backbone`), used as it is, weights untouched; or a
+    checkpoint of any layout. image_size, layer, tokens: what of it the decoder sees, as the keys of `encoder` in a recipe.
     llm: a causal language model, its path or name; None makes a Llama from `llm_config` (LlamaConfig's keys; sizes of
     the vocabulary and special ids come from the tokenizer), drawn from torch's global generator.
     tokenizer: fast tokenizer or its path; default: the llm's own. template: llama3 | vicuna | plain | own.
@@ -60,13 +64,16 @@ def build_assistant(
     from aimv2_vlm.data import tiling as tilings
 
     if not isinstance(encoder, nn.Module):
-        from aimv2_vlm.models.encoder import load_encoder
+        from aimv2_vlm.models.backbone import load_backbone
 
-        path, encoder = encoder, load_encoder(encoder, attention=attention)
+        path, encoder = encoder, load_backbone(encoder, image_size=image_size, attention=attention).model
         if image_mean is None or image_std is None:
             image_mean, image_std = image_statistics(path)
     if image_mean is None or image_std is None:
         raise UserError("build_assistant: image_mean and image_std are the encoder's; give those it was trained with")
+    if image_size not in (None, encoder.config.image_size):
+        raise UserError(f"encoder.image_size: {image_size}, but a stock Llava gives a {encoder.config.model_type} encoder pictures of its own "
+                        f"{encoder.config.image_size} px; leave the key out")
     if isinstance(tiling, str):
         sizes = dict(tile_size=encoder.config.image_size, patch_size=encoder.config.patch_size)
         tiling = tilings.Tiling.parse(tiling, pad_square=pad_square, **sizes)
@@ -90,7 +97,7 @@ def build_assistant(
     )
     llm = _open_llm(llm, llm_config, tokenizer, attention, dtype)
     _grow_embeddings(llm, len(tokenizer))
-    model = _join(encoder.to(dtype), llm, tiling.pinpoints, format_.image_token_id, tiling.patches_per_view)
+    model = _join(encoder.to(dtype), llm, tiling.pinpoints, format_.image_token_id, tiling.patches_per_view, *_stock_reading(encoder, layer, tokens))
     model.generation_config = GenerationConfig(
         eos_token_id=format_.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
@@ -103,11 +110,12 @@ def build_assistant(
 
 def image_statistics(path: str | Path) -> tuple[list[float], list[float]]:
     """(mean, std) that belong to an encoder's checkpoint, from its processor's file. Raises UserError."""
+    from aimv2_vlm.models.backbone import PROCESSOR_FILES
     from aimv2_vlm.models.encoder import locate
 
-    folder = locate(path)
+    folder = locate(path, also=PROCESSOR_FILES)
     folder = folder if folder.is_dir() else folder.parent
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSOR_FILES:
         try:
             config = json.loads((folder / name).read_text())
         except (OSError, ValueError):
@@ -130,13 +138,19 @@ def check_context(model: nn.Module, num_image_tokens: int, prompt_tokens: int, m
 
 
 def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
-    """Normalised encoder features (K, N, D) of K views; no gradients unless the encoder is trainable."""
-    encoder = _assistant(model).model.vision_tower
+    """Encoder features (K, N, D) of K views, those that the stock model reads; no gradients unless the encoder is trainable."""
+    assistant = _assistant(model)
+    encoder, layer = assistant.model.vision_tower, assistant.config.vision_feature_layer
+    first = 1 if assistant.config.vision_feature_select_strategy == "default" else 0  # CLS, where there is one
+
+    def features(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        if layer == -1 and encoder.config.tie_last_hidden_states:
+            return encoder(pixel_values=pixels_BCHW).last_hidden_state[:, first:]
+        return encoder(pixel_values=pixels_BCHW, output_hidden_states=True).hidden_states[layer][:, first:]
+
     trainable = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
     with torch.set_grad_enabled(trainable):
-        parts = [
-            encoder(pixel_values=part).last_hidden_state for part in pixels_KCHW.split(batch_size or len(pixels_KCHW))
-        ]
+        parts = [features(part) for part in pixels_KCHW.split(batch_size or len(pixels_KCHW))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -274,7 +288,8 @@ def rows_apart(
 def check_rows_apart(model: AssistantForTraining, num_tokens: int = 6) -> None:
     """Raises UserError where the decoder sees over the border between two rows of one sequence."""
     was_training = model.training
-    model.train()
+    model.eval()  # without dropout
+    see_rows_apart(_assistant(model), True)
     try:
         vocab = _assistant(model).config.text_config.vocab_size
         device = next(model.parameters()).device
@@ -338,16 +353,28 @@ def part_of(name: str) -> str:
     return "connector" if "multi_modal_projector" in pieces or "image_newline" in pieces else "llm"
 
 
+ADAPTER_PIECES = ("lora_A", "lora_B", "lora_magnitude_vector")  # peft's names of what it adds to a layer
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return any(piece in ADAPTER_PIECES for piece in name.split("."))
+
+
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """The only freeze switch: exactly these parts learn. Returns the number of trainable parameters of each part."""
+    """The only freeze switch: exactly these parts learn, of a decoder with adapters these alone.
+
+    Returns the number of trainable parameters of each part.
+    """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise UserError(f"trainable: {', '.join(unknown)} is unknown; choose from {', '.join(PARTS)}")
     if not parts:
         raise UserError(f"trainable: is empty; name at least one of {', '.join(PARTS)}")
     counts = dict.fromkeys(PARTS, 0)
+    adapted = any(is_adapter(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
+        parameter.requires_grad_(part_of(name) in parts and (not adapted or part_of(name) != "llm" or is_adapter(name)))
         counts[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
     model.train(model.training)
     return counts
@@ -377,15 +404,9 @@ def _open_tokenizer(tokenizer: Any) -> Any:
         raise UserError("build_assistant: a tokenizer is needed unless llm is a path that holds one")
     if not isinstance(tokenizer, (str, Path)):
         return tokenizer
-    from transformers import AutoTokenizer
+    from aimv2_vlm.data.chat import open_tokenizer
 
-    try:
-        opened = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(f"llm: {tokenizer}: no tokenizer: {str(error).strip().splitlines()[0]}") from None
-    if not opened.is_fast:
-        raise UserError(f"llm: {tokenizer}: its tokenizer has no fast version, which assembling ids needs")
-    return opened
+    return open_tokenizer(tokenizer)
 
 
 def _open_llm(llm: Any, config: dict | None, tokenizer: Any, attention: str, dtype: torch.dtype) -> nn.Module:
@@ -422,8 +443,39 @@ def _grow_embeddings(llm: nn.Module, num_tokens: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight)
 
 
+def _stock_reading(encoder: nn.Module, layer: int | None, tokens: str) -> tuple[int, str]:
+    """(vision_feature_layer, vision_feature_select_strategy) by which a stock Llava reads these features of the encoder.
+
+    layer None: the last one, normalised, which takes `tie_last_hidden_states`: Llava reads `hidden_states`, whose last entry must be
+    it. Raises UserError where no setting of the stock class gives what is asked for.
+    """
+    from aimv2_vlm.models.backbone import KINDS, kind_of
+
+    config, kind = encoder.config, kind_of(encoder)
+    about, name = KINDS[kind], encoder.config.model_type
+    for flag in ("use_head", "vision_use_head"):  # the pooled vector is nobody's
+        if getattr(config, flag, False):
+            setattr(config, flag, False)
+            encoder.use_head = False
+            del encoder.head
+    num_prefix = about.num_prefix(config)
+    if kind == "mae":
+        raise UserError("encoder.kind: mae: the stock class shuffles its patches, which no setting of a stock Llava prevents")
+    if num_prefix > 1:
+        raise UserError(f"encoder.kind: {kind}: a stock Llava cannot leave out its {num_prefix - 1} registers")
+    if num_prefix and tokens != "patches":
+        raise UserError(f"encoder.tokens: all, but CLS of a {name} encoder belongs to no place of the picture; write encoder.tokens: patches")
+    if layer is None and not about.last_is_tied:
+        raise UserError(f"encoder.layer: null, but a stock Llava reads a {name} encoder before its last norm only; write -1, or -2 as LLaVA does for CLIP")
+    num_blocks = len(encoder.get_submodule(about.blocks))
+    if layer is not None and not -num_blocks - 1 <= layer <= num_blocks:
+        raise UserError(f"encoder.layer: {layer}, but the encoder has {num_blocks} blocks; give 0 (embeddings) to {num_blocks}, or -1 to -{num_blocks}")
+    config.tie_last_hidden_states = layer is None
+    return -1 if layer is None else layer, "default" if num_prefix else "full"
+
+
 def _join(
-    encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int
+    encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int, layer: int, strategy: str
 ) -> nn.Module:
     """The stock model around existing parts; only the connector is new (torch's default initialisation)."""
     from transformers import (
@@ -433,17 +485,12 @@ def _join(
         LlavaNextForConditionalGeneration,
     )
 
-    # The features are the normalised ones of all patches: Llava reads `hidden_states`, whose last entry must be them.
-    encoder.config.tie_last_hidden_states = True
-    if encoder.config.use_head:
-        encoder.config.use_head = encoder.use_head = False
-        del encoder.head
     common = dict(
         vision_config=encoder.config,
         text_config=llm.config,
         image_token_index=image_token_id,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         image_seq_length=num_patches,
         tie_word_embeddings=llm.config.tie_word_embeddings,
