@@ -30,11 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="versions, devices, what will and will not work here")
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
 
-    data = verbs.add_parser("data", help="check, show or pack data before a run")
+    data = verbs.add_parser("data", help="check, show, pack or caption data before a run")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="validate and count shards (.tar) or conversations (.json, .jsonl)")
+    check = actions.add_parser("check", help="validate and count shards (.tar) or conversations (.json, .jsonl, documents also .parquet)")
     check.add_argument("paths", nargs="+", help="shards (globs and {00000..00010} allowed) or conversation files")
-    check.add_argument("--images", default="", help="image folder of conversation files")
+    add_sources(check)
     check.add_argument("--caption", action="append", metavar="COLUMN", help="caption column: txt (default) or json:FIELD; may be repeated")
     check.add_argument("--decode", action="store_true", help="decode every picture, find those that look alike (default: headers, equal bytes)")
     check.add_argument("--against", metavar="PATH", help="evaluation set (folder of pictures, parquet or tar): name the samples that look like it")
@@ -42,10 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--expect", metavar="DATASET", help="also check that an img2dataset download of cc12m, coyo, dfn or recap is complete")
     check.add_argument("--json", metavar="FILE", help="write the full report here")
     check.add_argument("--max-bad-fraction", type=float, default=0.01)
+    check.add_argument("--page", metavar="FILE", help="also write an HTML page of sample rows: supervised, prompt and image tokens, tiles, counts")
+    check.add_argument("--llm", metavar="PATH", help="tokenizer of the page (default: a small one trained on the rows, as a new decoder's is)")
+    check.add_argument("--recipe", help="sft recipe that the page takes tokenizer, template, tiling and max_length from")
+    check.add_argument("--template", help="llama3, vicuna, plain or own (default: the recipe's, or llama3)")
+    check.add_argument("--grid", help="tiles of the page, e.g. 2x2 (default: the recipe's, or 1x1)")
+    check.add_argument("--num", type=int, default=24, help="rows on the page (default: %(default)s)")
+    check.add_argument("--seed", type=int, default=0, help="another seed draws other rows for the page (default: %(default)s)")
     preview = actions.add_parser("preview", help="one HTML page with pictures and captions (or conversations) of some samples")
     preview.add_argument("paths", nargs="+", help="shards or conversation files, as for check")
     preview.add_argument("--out", default="preview.html", help="the page (default: %(default)s)")
-    preview.add_argument("--images", default="", help="image folder of conversation files")
+    add_sources(preview)
     preview.add_argument("--num", type=int, default=64, help="samples shown (default: %(default)s)")
     preview.add_argument("--seed", type=int, default=0, help="another seed draws other samples (default: %(default)s)")
     pack = actions.add_parser("pack", help="a folder of pictures + captions -> image-text shards")
@@ -56,6 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--samples-per-shard", type=int, default=1000)
     pack.add_argument("--max-bad-fraction", type=float, default=0.01)
 
+    recaption = actions.add_parser("recaption", help="shards with synthetic captions of any image-text-to-text model, as a field of their .json")
+    recaption.add_argument("shards", help="shards (globs and {00000..00010} allowed)")
+    recaption.add_argument("out", help="folder for the new shards; a second call goes on where the first was stopped")
+    recaption.add_argument("--model", required=True, help="folder or hub name of a model for pictures and text, e.g. runs/demo/sft_2x2/final")
+    recaption.add_argument("--prompt", default="Describe the picture.", help="what the model is asked (default: %(default)s)")
+    recaption.add_argument("--field", default="synthetic_caption", help="key of the caption in each .json (default: %(default)s)")
+    recaption.add_argument("--batch-size", type=int, default=16)
+    recaption.add_argument("--max-new-tokens", type=int, default=64)
+    recaption.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    recaption.add_argument("--max-bad-fraction", type=float, default=0.01)
+
     for verb, text, argument in (("pretrain", "pre-train or continue an encoder", "RECIPE"),
                                  ("sft", "tune an assistant on conversations", "RECIPE"),
                                  ("eval", "run benchmarks and write the report", "CONFIG")):
@@ -63,7 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar=argument, help="a YAML file, or the name of one that ships with the package")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the file")
         sub.add_argument("--restart", action="store_true", help="delete what this run directory holds and begin anew")
-        if verb != "eval":
+        if verb == "eval":
+            sub.add_argument("--plan", action="store_true",
+                             help="run nothing; list the data sets: where from, rows, size, licence, what is missing (then exit status 1)")
+            sub.add_argument("--processes", type=int, default=None, metavar="N",
+                             help="share a sweep's work between N processes, on GPUs one a device (the key `processes`)")
+        else:
             sub.add_argument("--processes", type=int, default=1, metavar="N",
                              help="share the work between N processes of this machine's CPU (elsewhere: torchrun or accelerate launch)")
 
@@ -86,11 +109,24 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("action", choices=("list", "copy"))
     recipes.add_argument("folder", nargs="?", default=".", help="where `copy` puts them")
 
-    chat = verbs.add_parser("chat", help="talk with an assistant in the terminal")
-    chat.add_argument("model", help="folder of an assistant, e.g. runs/demo/sft_2x2/final")
+    chat = verbs.add_parser(
+        "chat", help="talk with an assistant, in the terminal or in a page (--web)",
+        description="Talks with whatever AutoModelForImageTextToText opens; Llava and LlavaNext encode a picture once, others with every question.",
+    )
+    chat.add_argument("model", help="an assistant's folder, e.g. runs/demo/sft_2x2/final, or a name on the hub")
     chat.add_argument("--image", default=None, help="picture for the conversation")
-    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: %(default)s)")
+    chat.add_argument("--web", action="store_true", help="serve a page instead (needs the extra [web])")
+    chat.add_argument("--port", type=int, default=None, help="port of the page (default: the first free one from 7860)")
+    chat.add_argument("--host", default="127.0.0.1", help="address the page is served at (default: this machine only, %(default)s)")
     return parser
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """How conversation files are read, as in a recipe's data.sources."""
+    parser.add_argument("--images", default="", help="image folder of conversation files")
+    parser.add_argument("--format", default="conversations", help="conversations (default), or documents: obelics, mmc4")
+    parser.add_argument("--follow-links", action="store_true", help="accept pictures behind links that lead out of the image folder")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,7 +169,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "data":
         from aimv2_vlm.data import tools
 
-        return {"check": tools.check, "pack": tools.pack, "preview": tools.preview}[arguments.action](arguments)
+        work = {"check": tools.check, "pack": tools.pack, "preview": tools.preview, "recaption": tools.recaption}[arguments.action]
+        return work(arguments)
     if arguments.verb in ("pretrain", "sft", "eval"):
         return run_recipe(arguments)
     if arguments.verb == "scaling":
@@ -145,6 +182,10 @@ def run(arguments: argparse.Namespace) -> int:
             from aimv2_vlm.demo import demo
 
             return stoppable(lambda: demo(arguments.out, arguments.seed, arguments.split))
+    if arguments.web:
+        from aimv2_vlm.serve.web import serve
+
+        return serve(arguments.model, arguments.image, arguments.max_new_tokens, arguments.host, arguments.port)
     from aimv2_vlm.serve.chat import chat
 
     return chat(arguments.model, arguments.image, arguments.max_new_tokens)
@@ -155,9 +196,7 @@ def run_recipe(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.verb, arguments.recipe, arguments.overrides)  # refuses wrong keys before torch loads
     if arguments.verb == "eval":
-        from aimv2_vlm.evaluation.sweep import evaluate
-
-        return evaluate(recipe, restart=arguments.restart)
+        return evaluate(recipe, arguments)
     with leaving_on_sigterm():
         if arguments.processes > 1:
             from aimv2_vlm.train.launch import run_in_processes
@@ -168,6 +207,31 @@ def run_recipe(arguments: argparse.Namespace) -> int:
 
         entry = training.pretrain if arguments.verb == "pretrain" else training.sft
         return stoppable(lambda: entry(recipe, restart=arguments.restart))
+
+
+def evaluate(config, arguments: argparse.Namespace) -> int:
+    """Benchmarks, probes or zero-shot, as the config's `kind` says."""
+    if arguments.plan:
+        from aimv2_vlm.evaluation.plan import print_plan
+
+        return print_plan(config)
+    if config.kind == "benchmarks":
+        from aimv2_vlm.evaluation.sweep import evaluate as run_benchmarks
+
+        config.processes = arguments.processes or config.processes
+        return run_benchmarks(config, restart=arguments.restart)
+    with leaving_on_sigterm():
+        if (arguments.processes or 1) > 1:
+            if config.kind != "probing":
+                raise UserError(f"--processes: an evaluation of kind {config.kind} runs in one process; leave it out")
+            from aimv2_vlm.train.launch import run_in_processes
+
+            words = ["eval", arguments.recipe, *arguments.overrides, *(["--restart"] if arguments.restart else [])]
+            return stoppable(lambda: run_in_processes(words, arguments.processes))
+        from aimv2_vlm.evaluation import probing, zeroshot
+
+        entry = probing.evaluate if config.kind == "probing" else zeroshot.evaluate
+        return stoppable(lambda: entry(config, restart=arguments.restart))
 
 
 def run_scaling(arguments: argparse.Namespace) -> int:

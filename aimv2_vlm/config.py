@@ -1,6 +1,6 @@
 """Every knob of the project, declared once. Nothing heavy is imported here, so a wrong recipe fails before torch loads.
 
-A recipe is one of `PretrainRecipe`, `SftRecipe`, `EvalConfig`, `ProbeRecipe` and `ScalingConfig`; its sections are the dataclasses below and are passed
+A recipe is one of `PretrainRecipe`, `SftRecipe`, `EVALUATIONS`, `ProbeRecipe` and `ScalingConfig`; its sections are the dataclasses below and are passed
 down as they are. Defaults are the paper's values (arXiv 2411.14402, Tables A1 and C1) unless a comment says otherwise.
 """
 
@@ -57,6 +57,7 @@ class Optimizer:
     weight_decay: float = 1e-4
     decoupled: bool = True  # decay = weight_decay * lr_t / lr_peak (Table A1); false: torch's lr_t * weight_decay (C1)
     clip: float = 1.0
+    states: str = choices("fp32", "fp32", "8bit")  # AdamW's moments; 8bit: block-wise (bitsandbytes), 2 bytes a parameter instead of 8
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Loop:
     compile: bool = False  # torch.compile of the model; worth its minutes on a GPU
     peak_tflops: float | None = None  # what `share of peak` is a share of; null: the matrix product's rate measured at start
     stop_after: int | None = None  # leave (with a checkpoint) after this many steps of the run; the schedule stays
+    memory_check: str = choices("auto", "auto", "off")  # of tuning: estimate a step's memory before the start, refuse what cannot fit
 
 
 # ------------------------------------------------------------------------------------------------------------ pre-training
@@ -100,6 +102,7 @@ class PairSource:
     name: str = ""
     weight: float = 1.0
     caption: Any = "txt"
+    licence: str = ""  # as the source states it; stands in the model card
 
 
 @dataclass
@@ -214,6 +217,7 @@ class PretrainRecipe:
     seed: int = 0
     precision: str = choices("auto", *PRECISIONS)
     data_root: str | None = None
+    licence: str = ""  # of the model, by its name on the hub (apache-2.0, other, …); stands in the model card
     data: PairData = field(default_factory=PairData)
     image: ImageInput = field(default_factory=ImageInput)
     text: Text = field(default_factory=Text)
@@ -229,27 +233,33 @@ class PretrainRecipe:
 
 @dataclass
 class ConversationSource:
-    """LLaVA JSON or Cambrian JSONL; `take` is `all`, `first:N`, `random:N` or `N%`."""
+    """LLaVA JSON or Cambrian JSONL, or interleaved documents; `take` is `all`, `first:N`, `random:N` or `N%`."""
 
     path: str = ""
     images: str = ""
     take: str = "all"
+    licence: str = ""  # as the source states it; stands in the model card
+    format: str = choices("conversations", "conversations", "obelics", "mmc4")  # the last two: documents, loss on all their text
+    follow_links: bool = False  # whether links may lead out of `images`; if not, what lies behind them is left out
 
 
 @dataclass
 class ConversationData:
     sources: list[ConversationSource] = field(default_factory=list)
-    max_length: int = 2048  # tokens of one row; longer ones are cut at a turn boundary and counted
+    max_length: int = 2048  # tokens of one row; longer ones are cut at a turn boundary (documents: between pieces) and counted
     tokens_per_microbatch: int = 8192  # most tokens of rows that are computed together; never changes the gradient
     max_bad_fraction: float = 0.01
 
 
 @dataclass
 class FrozenEncoder:
-    """The assistant's encoder. `cache` keeps features of pictures used more than once."""
+    """A frozen encoder: AIMv2 or one that it is compared with. `cache` keeps features of pictures used more than once."""
 
     path: str = ""
+    kind: str = choices("auto", "auto", "aimv2", "clip", "dfn_clip", "siglip", "dinov2", "dinov2_registers", "mae")  # auto: by config.json
     image_size: int | None = None  # null: the checkpoint's own
+    layer: int | None = None  # null: the last one, normalised; else as that block left them: 0 the embeddings, -1 the last block, -2 the one before
+    tokens: str = choices("all", "all", "patches")  # patches: without CLS and registers
     attention: str = choices("sdpa", "sdpa", "eager")
     cache: str = choices("auto", "auto", "on", "off")
     cache_limit_gb: float = 3.0  # `auto` does without a cache above this size
@@ -267,8 +277,25 @@ class LanguageModel:
     intermediate_size: int = 688
     num_layers: int = 4
     num_heads: int = 4
+    num_kv_heads: int | None = None  # null: as many as num_heads
     max_positions: int = 2048
     attention: str = choices("sdpa", "sdpa", "eager")
+    quantization: str = choices("none", "none", "nf4", "int8")  # how the linear layers of its blocks are stored (bitsandbytes); they are frozen then
+    double_quantization: bool = True  # of nf4: the scales of its blocks are quantised too (0.37 bit a weight less)
+
+
+@dataclass
+class Adapter:
+    """Low-rank adapters of the decoder: `trainable: [llm]` then trains them and nothing else of it. Default sizes are LLaVA's."""
+
+    kind: str = choices("none", "none", "lora", "dora")
+    rank: int = 128
+    alpha: int = 256  # the adapter's product is scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # on the adapter's input
+    targets: list[str] = field(default_factory=list)  # e.g. [q_proj, v_proj]; empty: all linear layers of the decoder's blocks
+    merge: bool = True  # final/ holds base + adapter as ordinary weights; false: base, and final/adapter/ beside it
+    path: str | None = None  # an adapter to start from: final/adapter of a run with the same base
 
 
 @dataclass
@@ -286,6 +313,7 @@ class SftRecipe:
     seed: int = 0
     precision: str = choices("auto", *PRECISIONS)
     data_root: str | None = None
+    licence: str = ""  # of the model, by its name on the hub (apache-2.0, other, …); stands in the model card
     encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
     llm: LanguageModel = field(default_factory=LanguageModel)
     tiling: Tiling = field(default_factory=Tiling)
@@ -293,6 +321,7 @@ class SftRecipe:
     trainable: list[str] = field(default_factory=lambda: ["connector", "llm"])
     connector_path: str | None = None  # a trained connector to start from: final/ of a run, or LLaVA's mm_projector.bin
     connector_lr_scale: float = 8.0
+    adapter: Adapter = field(default_factory=Adapter)
     optim: Optimizer = field(
         default_factory=lambda: Optimizer(
             lr=1e-5, min_lr=0.0, warmup_lr=0.0, warmup_steps=250, steps=5000, batch_size=128, micro_batch_size=8,
@@ -317,19 +346,28 @@ class EvalModel:
 
 @dataclass
 class EvalConfig:
+    kind: str = choices("benchmarks", "benchmarks")
     out: str | None = None
     seed: int = 0
     precision: str = choices("auto", *PRECISIONS)
     data_root: str | None = None
     models: list[EvalModel] = field(default_factory=list)
     benchmarks: list[str] = field(default_factory=list)
-    benchmark_root: str = ""  # folder of <benchmark>/data/test-*.parquet
+    benchmark_root: str = ""  # folder of <benchmark>/data/test-*.parquet, and of the public benchmarks' mirrors
     convert: dict[str, str] = field(default_factory=dict)  # benchmark-set name -> val.jsonl, written below benchmark_root
-    controls: list[str] = field(default_factory=lambda: ["blind", "wrong_picture"])
+    prompts: dict[str, str] = field(default_factory=dict)  # benchmark -> other words after its questions; printed beside the score
+    shots: list[int] = field(default_factory=lambda: [0])  # solved training questions asked before each question, e.g. [0, 4, 8]
+    shot_lists: str | None = None  # folder of published lists; null: chosen by the seed, written to <out>/shots
+    controls: list[str] = field(default_factory=lambda: ["blind", "wrong_picture"])  # without shots
+    shot_controls: list[str] = field(default_factory=lambda: ["shuffled_answers", "shots_without_pictures"])  # with shots
     train_conversations: list[str] = field(default_factory=list)  # what the most frequent answers are counted on
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int = 64
+    checked: int = 8  # questions of a cell that are asked again one at a time, as plain transformers does; differences stand in the ledger
+    unit: int = 512  # questions of a cell that are answered and stored at once; what a killed process costs, what processes share
+    processes: int = 1  # that share the work, on GPUs one a device; torchrun, or the same command started again, does so too
+    num_workers: int = 2  # threads of a process that open and prepare the pictures of the next questions
 
 
 @dataclass
@@ -338,6 +376,7 @@ class LabelledData:
     of pictures and a column of classes, or the path of one parquet file."""
 
     path: str = ""
+    name: str = ""  # a set of Table B1 (data/recognition.py), in one of the layouts people have it; splits and columns are known then
     train: str = "train"
     test: str = "test"
     image_column: str = "image"
@@ -345,7 +384,7 @@ class LabelledData:
     where: dict[str, str] = field(default_factory=dict)  # keep the parquet rows whose columns have these values
     selection: float = 0.1  # share of train, class by class, that hyper-parameters are chosen on
     judged: str = choices("test", "test", "selection")  # selection: that share is kept from training and judged instead of test
-    duplicates: str = choices("refuse", "refuse", "drop")  # pictures of test that train holds too; drop: train does without them
+    duplicates: str = choices("refuse", "refuse", "drop", "keep")  # pictures of test that train holds too; drop: train does without them
     max_bad_fraction: float = 0.01
 
 
@@ -362,16 +401,10 @@ class ProbeAugmentation:
 
 
 @dataclass
-class ProbeRecipe:
-    """An attentive probe on a frozen encoder: one learning rate and weight decay (`evaluation.probing.best_of` tries several)."""
+class ProbeSettings:
+    """How probes are trained and judged (Tables A2 and B1)."""
 
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
-    encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
     cache_dtype: str = choices("fp32", "fp32", "fp16")  # of cached features
-    data: LabelledData = field(default_factory=LabelledData)
     augment: ProbeAugmentation = field(default_factory=ProbeAugmentation)
     crop_fraction: float = 0.875  # evaluation: the shorter side becomes size / crop_fraction before the centre crop
     optim: Optimizer = field(
@@ -380,7 +413,94 @@ class ProbeRecipe:
             betas=[0.9, 0.999], weight_decay=0.05, decoupled=False, clip=3.0,
         )
     )
+    warmup_epochs: float | None = None  # instead of optim.warmup_steps (Table A2: 5 on ImageNet-1k)
     train: Loop = field(default_factory=Loop)
+
+
+@dataclass
+class ProbeRecipe(ProbeSettings):
+    """An attentive probe on a frozen encoder: one learning rate and weight decay, or a `grid` of them on the same batches."""
+
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
+    data: LabelledData = field(default_factory=LabelledData)
+    grid: list[list[float]] = field(default_factory=list)  # pairs of lr and weight_decay, instead of optim's
+
+
+@dataclass
+class ProbedModel(FrozenEncoder):
+    """A model of a probing evaluation, called `name` or by its folder."""
+
+    name: str = ""
+
+
+@dataclass
+class ProbedData(LabelledData):
+    """A data set of a probing evaluation, called `title`, `name` or by its folder; null: batch and warm-up of the config."""
+
+    title: str = ""
+    duplicates: str = choices("keep", "refuse", "drop", "keep")  # keep: the set as it was published; the ledger says how many
+    batch_size: int | None = None
+    warmup_epochs: float | None = None
+
+
+@dataclass
+class ProbingConfig(ProbeSettings):
+    """Attentive probes of models x data sets (Tables 3, 6, 9, B2): the grid lrs x weight_decays at once, chosen on a tenth of train."""
+
+    kind: str = choices("probing", "probing")
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    models: list[ProbedModel] = field(default_factory=list)
+    data_sets: list[ProbedData] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=lambda: [5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3])
+    weight_decays: list[float] = field(default_factory=lambda: [0.05, 0.1])
+    best_on_test: bool = True  # the paper's way as a second column; it costs nothing much, all points learn at once
+
+
+@dataclass
+class ZeroShotModel:
+    """Two towers: of `aimv2-vlm pretrain` (clip, lit), Apple's LiT model, CLIP or SigLIP."""
+
+    path: str = ""
+    name: str = ""
+    canonicalize: bool | None = None  # texts in lower case without punctuation; null: as the run that made the model says, else false
+
+
+@dataclass
+class ZeroShotData(LabelledData):
+    """Classification: labelled pictures (their `test` split) and `class_names`; retrieval: `captions` of the pictures below `path`."""
+
+    title: str = ""
+    class_names: str | None = None  # JSON list or mapping, or lines of `class<TAB>name`; null: what the set calls its classes
+    templates: Any = None  # of this set alone: a list of texts with {}, or a file with one a line; null: the config's
+    captions: str | None = None  # JSONL of {image, captions: [...]} (or caption); makes it retrieval
+    split: str = ""  # of captions: keep the rows whose `split` is this
+
+
+@dataclass
+class ZeroShotConfig:
+    """Classification by class names and retrieval with two towers (section 4.1, Table 5)."""
+
+    kind: str = choices("zero_shot", "zero_shot")
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+    models: list[ZeroShotModel] = field(default_factory=list)
+    data_sets: list[ZeroShotData] = field(default_factory=list)
+    templates: Any = field(default_factory=lambda: ["a photo of a {}.", "a close-up of a {}.", "a picture showing the {}.", "a {} seen from the side.",
+                                                    "a drawing of a {}.", "one {} among other things."])
+    crop_fraction: float = 1.0  # the shorter side becomes size / crop_fraction before the centre crop
+    batch_size: int = 64
+
+
+EVALUATIONS = {"benchmarks": EvalConfig, "probing": ProbingConfig, "zero_shot": ZeroShotConfig}  # `kind` of an eval config
 
 
 # ----------------------------------------------------------------------------------------------------------- scaling study

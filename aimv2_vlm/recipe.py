@@ -257,10 +257,18 @@ def load_recipe(verb: str, name: str, overrides: list[str] = ()) -> Any:
     path = find_recipe(verb, name)
     raw = _set_override(_load_with_base(path), parse_overrides(list(overrides)))
     raw = _substitute(raw, raw.get("data_root"), str(path))
-    recipe = build(FOLDERS[verb], raw, str(path))
+    recipe = build(_evaluation(raw, str(path)) if verb == "eval" else FOLDERS[verb], raw, str(path))
     if recipe.out is None:
         recipe.out = f"runs/{path.stem}"
     return recipe
+
+
+def _evaluation(raw: dict[str, Any], file: str) -> type:
+    """The class of an evaluation config by its `kind`."""
+    kind = raw.get("kind", "benchmarks")
+    if kind not in config.EVALUATIONS:
+        raise UserError(f"{file}: kind: {kind!r} is none of {', '.join(config.EVALUATIONS)}")
+    return config.EVALUATIONS[kind]
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:

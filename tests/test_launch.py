@@ -54,6 +54,7 @@ from aimv2_vlm.train.loop import Stopped
 try:
     run_in_processes(sys.argv[1:], 2)
 except Stopped as stop:
+    print(stop, file=sys.stderr)
     sys.exit(stop.exit_code)
 """
 
@@ -86,6 +87,17 @@ def test_an_error_ends_every_process_with_its_status(tmp_path):
     with pytest.raises(Stopped) as stop:
         launch.run_in_processes(["pretrain", "demo_scenes", f"data_root={tmp_path / 'nowhere'}", f"out={tmp_path / 'run'}"], 2)
     assert stop.value.exit_code == 2
+
+
+def test_a_process_that_dies_ends_the_others_and_is_named(scenes_root, tmp_path):
+    out = tmp_path / "run"
+    launcher = start(words(scenes_root, out, 100_000))
+    until(lambda: last_step(out) >= 2)
+    victim = max(pid for pid in alive(str(out)) if pid != launcher.pid)
+    os.kill(victim, signal.SIGKILL)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL and "was ended by SIGKILL" in said and "another process of this run has ended" in said
+    assert "Traceback" not in said and not alive(str(out))
 
 
 def test_two_processes_train_the_same_model_as_one(scenes_root, tmp_path):

@@ -93,7 +93,7 @@ def test_captions_cut_by_the_context_are_counted_across_a_stop(scenes_root, tmp_
     out, keys = tmp_path / "run", ["text.context_length=4", "optim.steps=4"]
     run_cli(*pretraining(scenes_root, out, *keys, "train.stop_after=2"))
     run_cli(*pretraining(scenes_root, out, *keys))
-    assert [r["truncated_captions"] for r in rows(out) if "samples" in r] == [8, 16, 24, 32]  # no embedded caption has three tokens
+    assert [r["truncated"] for r in rows(out) if "samples" in r] == [8, 16, 24, 32]  # no embedded caption has three tokens
 
 
 @pytest.mark.parametrize("workers", [0, 2])

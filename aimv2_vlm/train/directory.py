@@ -22,9 +22,10 @@ from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import UserError
 
 # Keys that never change what is computed, so a run may go on with other values.
-FREE_KEYS = ("train.", "optim.micro_batch_size", "data.tokens_per_microbatch", "out", "encoder.cache", "encoder.batch_size")
+FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_microbatch", "out", "encoder.cache", "encoder.batch_size",
+             "adapter.merge")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
-            "simplejpeg", "pillow", "numpy", "lmms_eval")
+            "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,9 +19,23 @@ import torch.distributed as dist
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.train.metrics import format_seconds, say
+from aimv2_vlm.train.optim import keeps_8bit_states, state_of_8bit
 
 OptimizerMaker = Callable[[torch.nn.Module], torch.optim.Optimizer]
 WAITING_NOTE_S = 30.0
+CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo's words, NCCL's
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """What the death of another process raises inside becomes a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in CONNECTION_LOST):
+            raise
+        raise UserError(f"process {os.environ.get('RANK', '0')}: another process of this run has ended (its own last words say why); the same command "
+                        "goes on from the newest checkpoint") from error
 
 
 class Placement:
@@ -216,6 +230,7 @@ class Placement:
 
         The same names and shapes in every strategy: whole tensors where they are replicated, DTensors under FSDP2;
         under ZeRO each process holds some of the names.
+        8-bit moments come as uint8 with `exp_avg_scales.<name>`, `exp_avg_sq_scales.<name>`.
         Fill them in place and call `after_load` to restore a run. A collective call.
         """
         tensors = {}
@@ -226,10 +241,13 @@ class Placement:
                 continue
             if id(parameter) not in stepped:
                 raise RuntimeError(f"{name} is trainable but not in the optimizer: its moments would be lost")
+            tensors[f"model.{name}"] = parameter.detach()
+            if keeps_8bit_states(optimizer):
+                tensors |= {f"{key}.{name}": tensor for key, tensor in state_of_8bit(optimizer, parameter).items()}
+                continue
             state = optimizer.state[parameter]
             if "exp_avg" not in state:
                 state |= fresh_moments(parameter)
-            tensors[f"model.{name}"] = parameter.detach()
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 tensors[f"{key}.{name}"] = state[key]
         kept = self.unwrap(model).state_dict().keys()  # without buffers that are computed anew
@@ -239,7 +257,12 @@ class Placement:
     def after_load(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
     ) -> None:
-        """Make `tensors` (what `state_tensors` gave, filled anew) the run's state. Here they are the live tensors."""
+        """Make `tensors` (what `state_tensors` gave, filled anew) the run's state. Here they are the live ones, but for the
+        step counters of 8-bit moments, which live on the host."""
+        if keeps_8bit_states(optimizer):
+            for name, parameter in self.unwrap(model).named_parameters():
+                if parameter.requires_grad:
+                    optimizer.state[parameter]["step"] = int(tensors[f"step.{name}"])
 
     def full_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         """The unwrapped model's whole state dict on the CPU of rank 0, None elsewhere: what `final/` is written from.

@@ -33,7 +33,7 @@ def run_in_processes(words: Sequence[str], count: int) -> None:
     """Run `aimv2-vlm <words>` as `count` data-parallel processes and wait.
 
     SIGINT and SIGTERM are handed on, so that the run saves and stops as it would alone; should this process be killed, the
-    others end as well. Raises Stopped with the exit status of the first process that did not succeed.
+    others end as well. Raises Stopped with the exit status of the first process that did not succeed; one that a signal ended is named.
     """
     with tempfile.TemporaryDirectory() as folder:
         children = [_start(words, rank, count, Path(folder) / "rendezvous") for rank in range(count)]
@@ -49,14 +49,19 @@ def run_in_processes(words: Sequence[str], count: int) -> None:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+            left_behind = {rank for rank, child in enumerate(children) if child.poll() is None}  # beyond the grace: killed here
             for child in children:
                 if child.poll() is None:
                     child.kill()
                 child.wait()
                 child.stdin.close()
-    codes = [child.returncode for child in children if child.returncode]
+    codes = {rank: child.returncode for rank, child in enumerate(children) if child.returncode}
+    for rank, code in codes.items():
+        if code < 0 and rank not in left_behind:
+            raise Stopped(f"process {rank} of {count} was ended by {signal.Signals(-code).name} (from outside, or by the system for want of memory); "
+                          "the same command goes on from the newest checkpoint", 128 - code)
     if codes:
-        raise Stopped("", codes[0] if codes[0] > 0 else 128 - codes[0])
+        raise Stopped("", next((code for code in codes.values() if code > 0), 1))
 
 
 def _start(words: Sequence[str], rank: int, count: int, rendezvous: Path) -> subprocess.Popen:

@@ -196,11 +196,12 @@ def train(
     optimizer: torch.optim.Optimizer, micro_batches: Callable[[int], list[Batch]], schedule: Schedule, loop: Loop,
     fingerprint: dict[str, Any], compare: Callable[[dict[str, Any], dict[str, Any]], list[str]], changed: str = "refuse",
     max_bad_fraction: float = 0.01, report: dict[str, Any] | None = None,
-    validation: Callable[[], dict[str, float]] | None = None, what: str = "training",
+    validation: Callable[[], dict[str, float]] | None = None, what: str = "training", dropout_seed: int | None = None,
 ) -> None:
     """Train from the newest complete checkpoint (or the start, or the checkpoint that a cooldown begins at) to the schedule's end.
 
-    micro_batches(step) gives this process's micro-batches. Raises Stopped after a signal or `loop.stop_after` (a
+    micro_batches(step) gives this process's micro-batches. dropout_seed: of a model with dropout, whose draws become a
+    function of it, the step and the process (so that no generator's state has to be kept). Raises Stopped after a signal or `loop.stop_after` (a
     checkpoint exists), UserError when data changed since the checkpoint or too many samples are bad.
     """
     bad = BadSamples(max_bad_fraction)
@@ -263,8 +264,10 @@ def train(
                 if counts["stop"]:
                     leave()
                 rate = schedule.learning_rate(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["lr_scale"]
+                for group in optimizer.param_groups:  # the points of a grid have a schedule each
+                    group["lr"] = group["rates"](step) if "rates" in group else rate * group["lr_scale"]
+                if dropout_seed is not None:
+                    torch.manual_seed((dropout_seed * 1_000_003 + step) * placement.world + placement.rank)
                 sums, norm = run_step(objective, model, optimizer, batches, counts, placement, optim.clip)
                 skipped += ~torch.isfinite(norm)
                 step, samples, tokens = step + 1, samples + counts["samples"], tokens + counts["tokens"]
@@ -284,7 +287,7 @@ def train(
                         row["share_of_peak"] = row["tflops_per_s"] / peak
                         speed += f", {row['tflops_per_s']:.3g} TFLOP/s = {row['share_of_peak']:.0%} of peak"
                     if truncated:
-                        row["truncated_captions"] = truncated
+                        row["truncated"] = truncated  # captions or rows so far that lost their end
                     if row_skipped := int(skipped):
                         row["skipped_steps"] = row_skipped
                         speed += f", {row_skipped} steps skipped (gradient not finite)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.assistant import supervised_places
 from aimv2_vlm.models.contrastive import contrastive_sum
 from aimv2_vlm.models.encoder import NativePictures
-from aimv2_vlm.models.pretraining import encoder_flops, scored_places
+from aimv2_vlm.models.pretraining import scored_places
 
 Batch = dict[str, Any]
 
@@ -175,7 +176,7 @@ class InstructionObjective:
 
     def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"]).to(device, non_blocking=True)
-        arguments = {k: v for k, v in batch.items() if k not in ("bad", "num_rows")}
+        arguments = {k: v for k, v in batch.items() if k not in ("bad", "num_rows", "num_truncated")}
         on_device = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in arguments.items()}
         pixels = on_device.get("pixel_values")
         if pixels is not None and pixels.dtype == torch.uint8:
@@ -189,14 +190,16 @@ class InstructionObjective:
 class ProbeObjective:
     """Cross-entropy of an attentive probe's classes (section 3, Tables A2 and B1); `zero_one` is 1 - top-1 accuracy.
 
-    A later grid of heads over the same features adds its heads' sums into one term each, over the same count.
+    The probes of a grid add their sums, over the same count: none sees the others' gradients. `zero_one` is their mean then, and each
+    has its loss logged under its name.
     """
 
     weights = {"classification": 1.0}
-    logged = {"zero_one": "classification"}
 
-    def __init__(self, patch_size: int, mean: list[float], std: list[float]):
-        self.patch_size, self.normalize = patch_size, Normalization(mean, std)
+    def __init__(self, patch_size: int, mean: list[float], std: list[float], points: Sequence[str] = ()):
+        """`points`: names of a grid's probes."""
+        self.patch_size, self.normalize, self.points = patch_size, Normalization(mean, std), list(points)
+        self.logged = dict.fromkeys(["zero_one", *self.points], "classification")
 
     def counts(self, batch: Batch) -> dict[str, int]:
         good = int((batch["weights"] > 0).sum())
@@ -205,11 +208,12 @@ class ProbeObjective:
     def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         labels, weights = (batch[k].to(device, non_blocking=True) for k in ("labels", "weights"))
         logits = self.logits(model, batch, device).float()
-        entropies = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return {"classification": (entropies * weights).sum(), "zero_one": ((logits.argmax(-1) != labels) * weights).sum()}
+        sums = (entropies(logits, labels) * weights).sum(-1)
+        wrong = ((logits.argmax(-1) != labels) * weights).sum(-1)
+        return {"classification": sums.sum(), "zero_one": wrong.mean()} | dict(zip(self.points, sums.detach().flatten()))
 
     def logits(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        """(B, classes) from the batch's pictures, or from their cached features."""
+        """(B, classes), of a grid (G, B, classes), from the batch's pictures or their cached features."""
         weights = batch["weights"].to(device, non_blocking=True)
         if "features" in batch:
             return model(features_BND=batch["features"].to(device, non_blocking=True), weights_B=weights)
@@ -217,10 +221,16 @@ class ProbeObjective:
 
     def flops(self, model: torch.nn.Module, batch: Batch) -> float:
         """The frozen encoder runs forward only, and not at all on cached features."""
-        size = {"rows": self.counts(batch)["classification"], "num_patches": self._num_patches(batch)}
-        return 3 * model.head_flops(**size) + (0.0 if "features" in batch else encoder_flops(model.encoder, **size))
+        rows = self.counts(batch)["classification"]
+        return 3 * model.head_flops(rows, self._num_patches(batch)) + (0.0 if "features" in batch else model.encoder.forward_flops(rows))
 
     def _num_patches(self, batch: Batch) -> int:
         if "features" in batch:
             return batch["features"].shape[1]
         return (batch["pixels"].shape[-2] // self.patch_size) * (batch["pixels"].shape[-1] // self.patch_size)
+
+
+def entropies(logits: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (nats) of each row: (B, classes) or (G, B, classes) -> (B,) or (G, B)."""
+    labels = labels_B.expand(logits.shape[:-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)

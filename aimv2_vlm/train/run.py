@@ -22,21 +22,24 @@ from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
 from aimv2_vlm.data.conversations import ConversationSet, check_bad_fraction
 from aimv2_vlm.data.native import STRATA, NativePairs
 from aimv2_vlm.data.order import Order, compact_fingerprint, compare_fingerprints
+from aimv2_vlm.data.packing import pack_rows
 from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.remote import ShardCache
 from aimv2_vlm.data.shards import atomic_file, default_cache_dir, pack
 from aimv2_vlm.data.tiling import Tiling
+from aimv2_vlm.models import adapters
 from aimv2_vlm.models.assistant import (
     AssistantForTraining, build_assistant, check_context, check_rows_apart, encode_views, image_statistics, part_of, set_trainable,
 )
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
+from aimv2_vlm.models.backbone import load_backbone
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
 from aimv2_vlm.models.llava_format import load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
-from aimv2_vlm.train import checkpoint
+from aimv2_vlm.train import checkpoint, memory
 from aimv2_vlm.train.directory import RunDirectory, storage_errors
-from aimv2_vlm.train.distributed import Placement
+from aimv2_vlm.train.distributed import Placement, lost_processes
 from aimv2_vlm.train.loop import check_batch, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
 from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective, InstructionObjective, TrainingObjective
@@ -47,10 +50,10 @@ TOKENIZER_TEXTS = 200_000  # a tokenizer trained for a run sees at most this man
 
 
 def told_in_one_line(entry: Callable[..., Path]) -> Callable[..., Path]:
-    """A training entry whose disk troubles are UserErrors of one line."""
+    """A training entry whose disk troubles, and those of another of its processes, are UserErrors of one line."""
     @wraps(entry)
     def guarded(recipe: Any, restart: bool = False) -> Path:
-        with storage_errors(recipe.out):
+        with storage_errors(recipe.out), lost_processes():
             return entry(recipe, restart)
 
     return guarded
@@ -315,17 +318,19 @@ def write_pretrained(folder: Path, model: torch.nn.Module, *, recipe: PretrainRe
 def sft(recipe: SftRecipe, restart: bool = False) -> Path:
     """Tune an assistant by `recipe` (section 4.3.1); returns its folder (`final/`), a stock transformers checkpoint."""
     placement = Placement(recipe.train.strategy, recipe.precision)
+    check_tuning(recipe, placement)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
         conversations = conversation_data(recipe, directory, placement)
         check_batch(recipe.optim, placement)
         schedule = resolve_schedule(recipe.optim, len(conversations) / recipe.optim.batch_size)
         optim = schedule.optim
-        rebuild = partial(build_from_recipe, recipe, chat_tokenizer(recipe, conversations, directory, placement))
+        rebuild = partial(build_tunable, recipe, chat_tokenizer(recipe, conversations, directory, placement), placement.precision)
         assistant, processor = seeded(recipe.seed, rebuild)
         tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
         check_context(assistant, tiling.max_image_tokens, 1)
         report_parts(set_trainable(assistant, recipe.trainable), placement)
+        report_plan(recipe, assistant, placement)
         checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
         features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
@@ -333,15 +338,20 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         model = AssistantForTraining(assistant, None if placement.shards_weights else recipe.encoder.batch_size)
         if optim.micro_batch_size > 1:
             check_rows_apart(model)
+        steps = ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch)
+        objective = InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std)
+        memory.check(model, steps.largest, objective.normalize, recipe, placement)
         model, optimizer = placement.place(
             model, partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
         train(
-            directory=directory, placement=placement, objective=InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std), model=model, optimizer=optimizer,
-            micro_batches=ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch), schedule=schedule, loop=recipe.train,
+            directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
+            micro_batches=steps, schedule=schedule, loop=recipe.train,
             fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
+            dropout_seed=recipe.seed if recipe.adapter.dropout else None,
         )
-        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor))
+        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]),
+                partial(write_assistant, processor=processor, apart=not recipe.adapter.merge))
     return close_run(directory, placement, "tuning")
 
 
@@ -366,7 +376,7 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
     if placement.is_main and not folder.exists():
         rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
         with fresh_folder(folder) as temporary:
-            train_chat_tokenizer((turn.text for row in rows for turn in row.turns), temporary, recipe.llm.vocab_size, recipe.llm.template)
+            train_chat_tokenizer((text for row in rows for text in row.texts), temporary, recipe.llm.vocab_size, recipe.llm.template)
     placement.barrier()
     return folder
 
@@ -376,19 +386,64 @@ def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.
     if not recipe.encoder.path:
         raise UserError("encoder.path: name the encoder, e.g. encoder.path=runs/pretrain/final")
     llm = recipe.llm
-    encoder = load_encoder(recipe.encoder.path, image_size=recipe.encoder.image_size, attention=recipe.encoder.attention)
+    encoder = load_backbone(recipe.encoder.path, recipe.encoder.kind, recipe.encoder.image_size, recipe.encoder.attention).model
     mean, std = image_statistics(recipe.encoder.path)
     sizes = {"hidden_size": llm.hidden_size, "intermediate_size": llm.intermediate_size, "num_hidden_layers": llm.num_layers,
-             "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_heads, "max_position_embeddings": llm.max_positions,
+             "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_kv_heads or llm.num_heads, "max_position_embeddings": llm.max_positions,
              # Llama's own 0.02 makes blocks of a small model nearly identities; at width 2500 the two agree.
              "initializer_range": max(0.02, llm.hidden_size**-0.5)}
     assistant, processor = build_assistant(
         encoder, llm.path, recipe.tiling.grid, tokenizer=tokenizer, llm_config=sizes, template=llm.template, image_mean=mean,
         image_std=std, pad_square=recipe.tiling.pad_square, attention=llm.attention,
+        image_size=recipe.encoder.image_size, layer=recipe.encoder.layer, tokens=recipe.encoder.tokens,
     )
     if recipe.connector_path is not None:
         load_connector(assistant, recipe.connector_path)
     return assistant, processor
+
+
+def check_tuning(recipe: SftRecipe, placement: Placement) -> None:
+    """Raises UserError where keys about adapters and number formats do not go together, before anything is read or built.
+
+    The one place that names what goes with what: adapters with every strategy but DoRA with zero3; a quantised decoder and
+    8-bit states of the optimizer with one process and with ddp.
+    """
+    adapter, quantization, strategy = recipe.adapter, recipe.llm.quantization, placement.strategy
+    replicated = strategy in ("single", "ddp")
+    if adapter.kind == "none" and adapter.path is not None:
+        raise UserError("adapter.path: names an adapter to start from, but adapter.kind is none; write its kind, lora or dora")
+    if adapter.kind != "none" and "llm" not in recipe.trainable:
+        raise UserError(f"adapter.kind: {adapter.kind} trains the llm, but trainable ({', '.join(recipe.trainable)}) does not name it")
+    if not adapter.merge and (adapter.kind == "none" or "encoder" in recipe.trainable):
+        raise UserError("adapter.merge: false keeps an adapter beside its base: it needs adapter.kind: lora or dora and a frozen encoder")
+    if adapter.path is not None and recipe.connector_path is not None:
+        raise UserError("connector_path: adapter.path brings a connector of its own; remove one of the two keys")
+    if quantization != "none" and adapter.kind == "none" and "llm" in recipe.trainable:
+        raise UserError(f"llm.quantization: {quantization} weights cannot be trained; add adapter.kind: lora, or take llm out of trainable")
+    if quantization != "none" and not replicated:
+        raise UserError(f"llm.quantization: {quantization} does not go with train.strategy: {strategy}, only with single and ddp; use one, or none")
+    if recipe.optim.states == "8bit" and not replicated:
+        raise UserError(f"optim.states: 8bit does not go with train.strategy: {strategy}, which shards them, only with single and ddp; write fp32")
+    if adapter.kind == "dora" and strategy == "zero3":
+        raise UserError("adapter.kind: dora reads whole weights, which train.strategy: zero3 holds apart; use lora, or fsdp2")
+
+
+def build_tunable(recipe: SftRecipe, tokenizer: Path | None, precision: str) -> tuple[torch.nn.Module, Any]:
+    """(assistant, processor) of the recipe with the decoder quantised and adapted as it says."""
+    assistant, processor = build_from_recipe(recipe, tokenizer)
+    adapters.quantize(assistant, recipe.llm, torch.bfloat16 if precision == "bf16" else torch.float32)
+    adapters.add_adapter(assistant, recipe.adapter)
+    if recipe.adapter.path is not None:
+        adapters.load_adapter(assistant, recipe.adapter.path, recipe.adapter)
+    return assistant, processor
+
+
+def report_plan(recipe: SftRecipe, assistant: torch.nn.Module, placement: Placement) -> None:
+    """Print what is stored how and what learns, where that is not plain; the real model must be what the recipe says."""
+    adapters.check_plan(assistant, recipe.adapter, recipe.llm, recipe.trainable)
+    if placement.is_main and (recipe.adapter.kind != "none" or recipe.llm.quantization != "none"):
+        for line in adapters.table(adapters.plan(assistant)):
+            say(line)
 
 
 def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
@@ -435,6 +490,16 @@ class ConversationSteps:
         rows = [self.order.locate(p).sample for p in positions]
         return self.data.microbatches(rows, self.optim.micro_batch_size, self.budget, self.rank, self.world)
 
+    def largest(self) -> list[dict[str, Any]]:
+        """Of the first step's micro-batches, of whichever process, those of most tokens and of most pictures."""
+        rows = [self.order.locate(p).sample for p in range(self.optim.batch_size)]
+        lengths = [self.data.length(row) for row in rows]
+        pictures = [len(self.data.conversations[row].images) for row in rows]
+        plan = pack_rows(lengths, self.world, self.budget, self.optim.micro_batch_size)
+        parts = [numbers for process in plan for numbers in process]
+        chosen = {tuple(max(parts, key=lambda part: sum(sizes[i] for i in part))) for sizes in (lengths, pictures)}
+        return [self.data.collate([self.data.fetch(rows[i]) for i in part]) for part in sorted(chosen)]
+
 
 def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:
     """What the rows of a run depend on: seed, files by content, how many rows of each."""
@@ -446,8 +511,12 @@ def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) 
             "sources": {s.path: f"{s.take} {digest(s.path)}" for s in recipe.data.sources}}
 
 
-def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any) -> None:
-    """A stock checkpoint: weights, processor with its chat template, generation config."""
+def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any, apart: bool = False) -> None:
+    """A stock checkpoint: weights, processor with its chat template, generation config; adapters merged, or `apart` in adapter/."""
+    if apart:
+        adapters.save_adapter(folder / adapters.ADAPTER, model.assistant)
+        adapters.take_off(model.assistant)
+    adapters.merge(model.assistant)
     model.assistant.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -1,0 +1,152 @@
+"""The model card of a trained model (`final/README.md`): what it is, what it learned from, under which licences, and its scores.
+
+Metadata are the hub's (`huggingface_hub.ModelCard`), so a card that is uploaded with its folder shows on a model page as others do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimv2_vlm import recipe as recipes
+from aimv2_vlm.config import PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm.train.directory import git_commit, versions, write_atomically
+
+FILE = "README.md"
+BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
+NO_SCORES = "None recorded here yet: `aimv2-vlm eval … write_cards=true` writes them."
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name; a local path of two parts is told apart by existing
+
+
+def write_card(folder: Path, recipe: PretrainRecipe | SftRecipe, data: Mapping[str, Any], final: Mapping[str, Any], parameters: Mapping[str, int]) -> None:
+    """Write `folder`/README.md.
+
+    data: the run's data_report. final: what the run logged last, losses in nats a token and, for pixels, per standardised
+    value. parameters: numbers of each part.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tuned = isinstance(recipe, SftRecipe)
+    bases = [path for path in ((recipe.encoder.path, recipe.llm.path) if tuned else (recipe.encoder.path,)) if _on_hub(path)]
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="image-text-to-text" if tuned else "image-feature-extraction", base_model=bases or None,
+        tags=["aimv2", *(["llava"] if tuned else [])], model_name=Path(recipe.out).name, license=recipe.licence or None)
+    sections = [
+        f"# {Path(recipe.out).name}", _assistant(recipe, parameters) if tuned else _encoder(recipe, parameters),
+        "## Scores", f"{BEGIN}\n{NO_SCORES}\n{END}",
+        "## Data", _sources(recipe, data), "## Training", _training(final), "The whole recipe:", f"```yaml\n{yaml.safe_dump(_without_folders(recipe), sort_keys=False, allow_unicode=True).strip()}\n```",
+        "## Made with", ", ".join(f"{name} {version}" for name, version in versions().items()) + (f"; commit {commit}" if (commit := git_commit()) else "") + ".",
+    ]
+    write_atomically(folder / FILE, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections))) + "\n")
+
+
+def add_scores(folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Put the ledger's rows of one model into its card, in place of those that stood there; the table and the hub's `model-index`.
+
+    Raises UserError where the folder has no card of this package.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = Path(folder) / FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{path}: no model card that aimv2-vlm wrote, so scores cannot be added; leave write_cards out, or copy the table from report.md")
+    rows = [row for row in rows if row["control"] is None]
+    lines = ["| benchmark | split | metric | score | 95 % interval | questions | tokens a picture |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        note = "" if row["complete"] else f" (incomplete: {row['num_errors']} errors)"
+        interval = "" if row["interval"] is None else "{:.1f} to {:.1f}".format(*row["interval"])
+        lines.append(f"| {row['benchmark']} | {row['split']} | {row['metric']} | {_rounded(row['score'])}{note} | {interval} | {row['num_questions']:,} "
+                     f"| {row['tokens_per_picture']} |")
+    table = "\n".join(lines) if rows else NO_SCORES
+    card = ModelCard(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+    card.data.eval_results = [
+        EvalResult(task_type=card.data.pipeline_tag, dataset_type=row["benchmark"], dataset_name=row["benchmark"], dataset_split=row["split"],
+                   metric_type=row["metric"], metric_value=row["score"])
+        for row in rows if row["complete"]
+    ] or None
+    write_atomically(path, str(card) if str(card).endswith("\n") else f"{card}\n")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------------- parts
+
+
+def _assistant(recipe: SftRecipe, parameters: Mapping[str, int]) -> str:
+    template = {"own": "the decoder's own chat template"}.get(recipe.llm.template, f"{recipe.llm.template}'s chat template")
+    learned = ", ".join(recipe.trainable)
+    return (
+        f"An assistant that answers questions about pictures: {_part('encoder', recipe.encoder.path)}, a 2-layer MLP connector and "
+        f"{_part('decoder', recipe.llm.path)}, {_numbers(parameters)}. Learned in this run: {learned}. Pictures are seen "
+        f"{'in one view' if recipe.tiling.grid == '1x1' else f'as an overview and {recipe.tiling.grid} tiles'}{', padded to a square first' if recipe.tiling.pad_square else ''}; {template}.\n\n"
+        "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'model, processor = AutoModelForImageTextToText.from_pretrained("."), AutoProcessor.from_pretrained(".")\n```'
+    )
+
+
+def _encoder(recipe: PretrainRecipe, parameters: Mapping[str, int]) -> str:
+    name = {"aimv2": "by autoregressing patches and text", "aimv1": "by autoregressing patches"}.get(recipe.objective.name, f"by the objective {recipe.objective.name}")
+    return (
+        f"A vision encoder, {_numbers(parameters)}, patches of {recipe.encoder.patch_size} px, pictures of {recipe.image.size} px, pre-trained {name} "
+        "(AIMv2, arXiv 2411.14402).\n\n"
+        '```python\nfrom transformers import AutoImageProcessor, AutoModel\n\nencoder, processor = AutoModel.from_pretrained("."), '
+        'AutoImageProcessor.from_pretrained(".")\n```\nThe features are `last_hidden_state`.'
+    )
+
+
+def _sources(recipe: PretrainRecipe | SftRecipe, data: Mapping[str, Any]) -> str:
+    counts = {source["path"]: source for source in data.get("sources", ())}
+    lines = ["| source | licence | rows |", "|---|---|---|"]
+    for source in recipe.data.sources:
+        paths = [source.path] if isinstance(source.path, str) else list(source.path)
+        found = counts.get(paths[0]) if len(paths) == 1 else None
+        rows = "" if found is None else f"{found['taken']:,} of {found['rows']:,}"
+        share = f", weight {source.weight:g}" if isinstance(recipe, PretrainRecipe) else f", {source.take}"
+        lines.append(f"| {getattr(source, 'name', '') or ', '.join(Path(p).name for p in paths)}{share} | {source.licence or 'not stated'} | {rows} |")
+    bad = data.get("bad_samples_in_training", 0) + data.get("bad_samples_in_index", 0)
+    rejected = ", ".join(f"{reason} {count:,}" for reason, count in (data.get("rejected") or {}).items())
+    if isinstance(recipe, PretrainRecipe):
+        lines.append(f"\n{data.get('samples', 0):,} pairs; {bad:,} could not be read.")
+    else:
+        lines.append(f"\nLeft out by reason: {rejected or 'none'}; unreadable while training: {bad:,}.")
+    return "\n".join(lines)
+
+
+def _training(final: Mapping[str, Any]) -> str:
+    losses = ", ".join(f"{key.replace('val_', 'held-out ').replace('_', ' ')} {value:.4g}" for key, value in final.items() if key.endswith("loss") and value is not None)
+    return f"{final.get('step', 0):,} steps, {final.get('samples', 0):,} samples; at the end {losses}."
+
+
+def _part(what: str, path: str | None) -> str:
+    if not path:
+        return f"a {what} trained from scratch"
+    return f"the {what} {path if _on_hub(path) else Path(path).parent.name if Path(path).name == 'final' else Path(path).name}"
+
+
+def _on_hub(path: str | None) -> bool:
+    return bool(path) and HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _numbers(parameters: Mapping[str, int]) -> str:
+    total = sum(parameters.values())
+    return f"{total / 1e6:,.1f} M parameters" + (f" ({', '.join(f'{part} {count / 1e6:,.1f} M' for part, count in parameters.items())})" if len(parameters) > 1 else "")
+
+
+def _without_folders(recipe: Any) -> Any:
+    """The recipe with every absolute path cut to its last two parts: a card is published, a machine's folders are not."""
+    def cut(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("/"):
+            return "/".join(["…", *Path(value).parts[-2:]])
+        if isinstance(value, Mapping):
+            return {key: cut(one) for key, one in value.items()}
+        return [cut(one) for one in value] if isinstance(value, list) else value
+
+    return cut(recipes.parse_yaml(recipes.dump(recipe), "recipe"))
+
+
+def _rounded(score: float | None) -> str:
+    return "" if score is None else f"{score:.1f}"
