@@ -364,6 +364,7 @@ class EvalConfig:
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int = 64
+    write_cards: bool = False  # put the scores into the model cards of `models` that lie in a local folder
     checked: int = 8  # questions of a cell that are asked again one at a time, as plain transformers does; differences stand in the ledger
     unit: int = 512  # questions of a cell that are answered and stored at once; what a killed process costs, what processes share
     processes: int = 1  # that share the work, on GPUs one a device; torchrun, or the same command started again, does so too

@@ -268,8 +268,20 @@ def evaluate(config: Any, restart: bool = False) -> int:
         from aimv2_vlm.evaluation.comparison import write_comparisons
 
         print(f"comparisons: {write_comparisons(out)}")
+        if config.write_cards:
+            _write_cards(config, out)
         print(f"report: {write_report(out / 'report.html', runs={}, eval_dir=out, title=out.name)}")
     return status
+
+
+def _write_cards(config: Any, out: Path) -> None:
+    from aimv2_vlm.train.card import add_scores
+
+    rows = read_ledger(out / "ledger.jsonl")
+    for model in _models(config):
+        mine = [row for row in rows if row["model"] == model.name and row["source_size"] is None and not row["tiling_override"]]
+        if mine and Path(model.path).is_dir():
+            print(f"model card: {add_scores(model.path, mine)}")
 
 
 def run_sweep(config: Any, progress: Progress | None = None) -> int:

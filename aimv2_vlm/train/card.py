@@ -5,6 +5,7 @@ Metadata are the hub's (`huggingface_hub.ModelCard`), so a card that is uploaded
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,26 +15,44 @@ import yaml
 
 from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm.models.assistant import part_of
 from aimv2_vlm.train.directory import git_commit, versions, write_atomically
 
 FILE = "README.md"
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 NO_SCORES = "None recorded here yet: `aimv2-vlm eval … write_cards=true` writes them."
+TWO_TOWERS = ("clip", "lit")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name; a local path of two parts is told apart by existing
 
 
-def write_card(folder: Path, recipe: PretrainRecipe | SftRecipe, data: Mapping[str, Any], final: Mapping[str, Any], parameters: Mapping[str, int]) -> None:
-    """Write `folder`/README.md.
+def parameters_of(model: Any) -> dict[str, int]:
+    """Numbers of parameters of what `final/` holds: an assistant's parts, an encoder, two towers together."""
+    if (assistant := getattr(model, "assistant", None)) is not None:
+        counts = dict.fromkeys(("encoder", "connector", "decoder"), 0)
+        for name, parameter in assistant.named_parameters():
+            part = part_of(name)
+            counts["decoder" if part == "llm" else part] += parameter.numel()
+        return counts
+    encoder = getattr(model, "encoder", None)
+    if encoder is None:
+        return {"towers": sum(p.numel() for p in model.parameters())}
+    return {"encoder": sum(p.numel() for p in encoder.parameters())}
 
-    data: the run's data_report. final: what the run logged last, losses in nats a token and, for pixels, per standardised
-    value. parameters: numbers of each part.
-    """
+
+def write_card(folder: Path, recipe: PretrainRecipe | SftRecipe, parameters: Mapping[str, int]) -> None:
+    """Write `folder`/README.md of a run whose directory is the folder's parent. parameters: numbers of each part."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    report, log = folder.parent / "data_report.json", folder.parent / "metrics.jsonl"
+    data: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    final: dict[str, Any] = {}  # what was logged last of every number, on held-out data too
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        final |= json.loads(line)
     tuned = isinstance(recipe, SftRecipe)
     bases = [path for path in ((recipe.encoder.path, recipe.llm.path) if tuned else (recipe.encoder.path,)) if _on_hub(path)]
+    task = "image-text-to-text" if tuned else "zero-shot-image-classification" if recipe.objective.name in TWO_TOWERS else "image-feature-extraction"
     metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="image-text-to-text" if tuned else "image-feature-extraction", base_model=bases or None,
+        library_name="transformers", pipeline_tag=task, base_model=bases or None,
         tags=["aimv2", *(["llava"] if tuned else [])], model_name=Path(recipe.out).name, license=recipe.licence or None)
     sections = [
         f"# {Path(recipe.out).name}", _assistant(recipe, parameters) if tuned else _encoder(recipe, parameters),
@@ -89,6 +108,12 @@ def _assistant(recipe: SftRecipe, parameters: Mapping[str, int]) -> str:
 
 
 def _encoder(recipe: PretrainRecipe, parameters: Mapping[str, int]) -> str:
+    if recipe.objective.name in TWO_TOWERS:
+        return (
+            f"An image tower and a text tower, {_numbers(parameters)}, patches of {recipe.encoder.patch_size} px, pictures of {recipe.image.size} px, trained by the "
+            f"objective {recipe.objective.name} (arXiv 2411.14402, section 2.4).\n\n"
+            '```python\nfrom transformers import AutoModel, AutoProcessor\n\nmodel, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")\n```'
+        )
     name = {"aimv2": "by autoregressing patches and text", "aimv1": "by autoregressing patches"}.get(recipe.objective.name, f"by the objective {recipe.objective.name}")
     return (
         f"A vision encoder, {_numbers(parameters)}, patches of {recipe.encoder.patch_size} px, pictures of {recipe.image.size} px, pre-trained {name} "

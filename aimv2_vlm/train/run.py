@@ -37,7 +37,7 @@ from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
 from aimv2_vlm.models.llava_format import load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
-from aimv2_vlm.train import checkpoint, memory
+from aimv2_vlm.train import card, checkpoint, memory
 from aimv2_vlm.train.directory import RunDirectory, storage_errors
 from aimv2_vlm.train.distributed import Placement, lost_processes
 from aimv2_vlm.train.loop import check_batch, global_slice, train, validate
@@ -309,6 +309,7 @@ def write_pretrained(folder: Path, model: torch.nn.Module, *, recipe: PretrainRe
         model.save_pretrained(folder, processor=CLIPProcessor(image_processor=processor, tokenizer=tokenizer))
     else:
         model.save_pretrained(folder, image_processor=processor, extra_files=[folder.parent / CAPTION_TOKENIZER])
+    card.write_card(folder, recipe, card.parameters_of(model))
 
 
 # ------------------------------------------------------------------------------------------------------ instruction tuning
@@ -350,8 +351,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
             dropout_seed=recipe.seed if recipe.adapter.dropout else None,
         )
-        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]),
-                partial(write_assistant, processor=processor, apart=not recipe.adapter.merge))
+        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor, recipe=recipe))
     return close_run(directory, placement, "tuning")
 
 
@@ -511,14 +511,15 @@ def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) 
             "sources": {s.path: f"{s.take} {digest(s.path)}" for s in recipe.data.sources}}
 
 
-def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any, apart: bool = False) -> None:
-    """A stock checkpoint: weights, processor with its chat template, generation config; adapters merged, or `apart` in adapter/."""
-    if apart:
+def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any, recipe: SftRecipe) -> None:
+    """A stock checkpoint: weights, processor with its chat template, generation config, model card; adapters merged, or apart in adapter/."""
+    if not recipe.adapter.merge:
         adapters.save_adapter(folder / adapters.ADAPTER, model.assistant)
         adapters.take_off(model.assistant)
     adapters.merge(model.assistant)
     model.assistant.save_pretrained(folder)
     processor.save_pretrained(folder)
+    card.write_card(folder, recipe, card.parameters_of(model))
 
 
 # ------------------------------------------------------------------------------------------------------------ any run
