@@ -311,6 +311,7 @@ def test_8_bit_moments_come_back_bit_for_bit(scenes_root, tiny_encoder, tmp_path
 
 
 @pytest.mark.parametrize(("keys", "strategy", "named"), [
+    (dict(compile=True), "single", "train.compile: true is for pre-training"),
     (dict(quantization="nf4"), "single", "llm.quantization: nf4 weights cannot be trained"),
     (dict(quantization="nf4", kind="lora"), "fsdp2", "llm.quantization: nf4 does not go with train.strategy: fsdp2"),
     (dict(quantization="int8", kind="lora"), "zero3", "llm.quantization: int8 does not go with train.strategy: zero3"),
@@ -326,6 +327,7 @@ def test_8_bit_moments_come_back_bit_for_bit(scenes_root, tiny_encoder, tmp_path
 def test_pairs_that_do_not_go_together_are_refused_in_one_line(keys, strategy, named):
     recipe = SftRecipe(trainable=keys.pop("trainable", PARTS), connector_path=keys.pop("connector_path", None))
     recipe.llm.quantization, recipe.optim.states = keys.pop("quantization", "none"), keys.pop("states", "fp32")
+    recipe.train.compile = keys.pop("compile", False)
     recipe.adapter = Adapter(**keys)
     with pytest.raises(UserError, match=f"^{named}[^\n]*$"):
         check_tuning(recipe, SimpleNamespace(strategy=strategy))

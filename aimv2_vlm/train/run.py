@@ -409,6 +409,8 @@ def check_tuning(recipe: SftRecipe, placement: Placement) -> None:
     8-bit states of the optimizer with one process and with ddp.
     """
     adapter, quantization, strategy = recipe.adapter, recipe.llm.quantization, placement.strategy
+    if recipe.train.compile:
+        raise UserError("train.compile: true is for pre-training; micro-batches of tuning have a new length each time and would be compiled anew; write false")
     replicated = strategy in ("single", "ddp")
     if adapter.kind == "none" and adapter.path is not None:
         raise UserError("adapter.path: names an adapter to start from, but adapter.kind is none; write its kind, lora or dora")
