@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import types
 import typing
@@ -136,19 +137,25 @@ def _load_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(_load_with_base(base_path, (*seen, path)), raw)
 
 
+def shown(value: Any, most: int = 200) -> str:
+    """What was given, as a message may repeat it: not thousands of characters of it."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """`a.b=value` words of the command line as a nested mapping; values are read as YAML."""
     tree: dict[str, Any] = {}
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"'{word}': overrides are written key=value, e.g. optim.lr=1e-4")
+            raise UserError(f"{shown(word)}: overrides are written key=value, e.g. optim.lr=1e-4")
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UserError(f"'{word}': {parent} was already given a plain value")
+                raise UserError(f"{shown(word)}: {shown(parent)} was already given a plain value")
         node[last] = parse_yaml(value, f"override {key}") if value != "" else ""
     return tree
 
@@ -175,7 +182,7 @@ def _set_override(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _build(cls: type, raw: Any, where: str, file: str, default: Any = None) -> Any:
     """`raw` over `default` as an instance of dataclass `cls`; every error names file and key."""
     if not isinstance(raw, dict):
-        raise UserError(f"{file}: {where or 'the recipe'}: expected a mapping of keys, got {raw!r}")
+        raise UserError(f"{file}: {where or 'the recipe'}: expected a mapping of keys, got {shown(raw)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -187,9 +194,22 @@ def _build(cls: type, raw: Any, where: str, file: str, default: Any = None) -> A
         allowed = fields[key].metadata.get("choices")
         if allowed and value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)
-            raise UserError(f"{file}: {name}: {value!r} is none of {', '.join(allowed)}; did you mean {near[0]}?")
+            raise UserError(f"{file}: {name}: {shown(value)} is none of {', '.join(allowed)}; did you mean {near[0]}?")
         values[key] = _coerce(hints[key], value, name, file, _default(fields[key]))
+        _check_numbers(values[key], fields[key].metadata, name, file)
     return dataclasses.replace(default, **values) if default is not None else cls(**values)
+
+
+def _check_numbers(value: Any, metadata: typing.Mapping[str, Any], name: str, file: str) -> None:
+    """UserError where a number is not within what `config.bounded` declares, or a list has another length."""
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    if len(numbers) != metadata.get("length", len(numbers)):
+        raise UserError(f"{file}: {name}: expected {metadata['length']} numbers, got {shown(value)}")
+    at_least, above, below = metadata.get("bounds", (None, None, None))
+    rules = ((at_least, "at least", operator.ge), (above, "above", operator.gt), (below, "below", operator.lt))
+    for words, holds, bound in ((words, holds, bound) for bound, words, holds in rules if bound is not None):
+        if not all(holds(number, bound) for number in numbers):
+            raise UserError(f"{file}: {name}: must be {words} {bound:g}, got {shown(value)}")
 
 
 def build(cls: type, raw: dict[str, Any], file: str) -> Any:
@@ -221,11 +241,11 @@ def _coerce(hint: Any, value: Any, where: str, file: str, default: Any = None) -
         return _build(hint, value, where, file, default)
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{file}: {where}: expected a list, got {value!r}")
+            raise UserError(f"{file}: {where}: expected a list, got {shown(value)}")
         return [_coerce(args[0], item, f"{where}.{i}", file) for i, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{file}: {where}: expected a mapping, got {value!r}")
+            raise UserError(f"{file}: {where}: expected a mapping, got {shown(value)}")
         return {str(k): _coerce(args[1], v, f"{where}.{k}", file) for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -233,7 +253,7 @@ def _coerce(hint: Any, value: Any, where: str, file: str, default: Any = None) -
         return int(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{file}: {where}: expected {hint.__name__}, got {value!r}")
+    raise UserError(f"{file}: {where}: expected {hint.__name__}, got {shown(value)}")
 
 
 def _substitute(value: Any, data_root: str | None, file: str, where: str = "") -> Any:
@@ -267,7 +287,7 @@ def _evaluation(raw: dict[str, Any], file: str) -> type:
     """The class of an evaluation config by its `kind`."""
     kind = raw.get("kind", "benchmarks")
     if kind not in config.EVALUATIONS:
-        raise UserError(f"{file}: kind: {kind!r} is none of {', '.join(config.EVALUATIONS)}")
+        raise UserError(f"{file}: kind: {shown(kind)} is none of {', '.join(config.EVALUATIONS)}")
     return config.EVALUATIONS[kind]
 
 

@@ -256,6 +256,17 @@ def test_wrong_commands_are_named_and_the_talk_goes_on(checkpoint, monkeypatch):
     assert done.stdout.strip() and next(lines) == "never read"
 
 
+def test_bytes_that_are_no_text_are_asked_about_all_the_same(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What \xff is shown?\n"), encoding="utf-8"))
+    done = run_cli("chat", checkpoint, "--max-new-tokens", 4)
+    assert done.stdout.strip() and not errors(done)
+
+
+def test_keys_of_the_page_are_not_passed_over_in_the_terminal(checkpoint):
+    done = run_cli("chat", checkpoint, "--port", 7999, check=False)
+    assert done.returncode == 2 and "add --web" in done.stderr and len(errors(done)) == 1
+
+
 def test_a_picture_that_is_none_ends_the_start_with_one_line(checkpoint, tmp_path):
     done = run_cli("chat", checkpoint, "--image", tmp_path / "nowhere.png", check=False)
     assert done.returncode == 2 and len(errors(done)) == 1 and "nowhere.png: no picture to show" in errors(done)[0]
@@ -268,6 +279,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path, picture):
     if not child:
         status = 99
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in tests that a shell runs in the background
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
             status = main(["chat", str(checkpoint), "--image", str(picture), "--max-new-tokens", "50000"])
             sys.stdout.flush()

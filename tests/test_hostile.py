@@ -44,7 +44,7 @@ SAID = {
     "conversations, lines": r"0: .*'missing_picture': ",
     "conversations, list": r"0: .*'missing_picture': ",
     "conversations, a pickle": r"2: .*neither a JSON list",
-    "data check, conversations": r"1: bad: ",
+    "data check, conversations": r"1: (bad|missing): ",
     "pretrain": r"0: ",
     "pretrain, pipe:": r"2: error: .*pipe:.*refused",
     "pretrain, pickled tokenizer": r"2: error: .*not a sentencepiece model",

@@ -296,6 +296,12 @@ def test_a_port_that_is_taken_is_one_line(model):
         web.serve("nowhere", port=70_000)
 
 
+@pytest.mark.parametrize("host", ["203.0.113.1", "nowhere.invalid"])
+def test_an_address_that_is_not_this_machines_is_refused_before_the_model_is_loaded(host):
+    with pytest.raises(UserError, match=f"--host {host}: cannot serve there"):
+        web.serve("no model", host=host)
+
+
 def test_frames_lie_where_the_views_do():
     wide = Image.fromarray(np.full((100, 300, 3), 200, dtype=np.uint8))
     tiling = Tiling.parse("2x2", tile_size=28)
@@ -416,11 +422,11 @@ def test_a_visitor_uploads_asks_reads_and_is_told_what_is_refused(address, model
             await browser.wait("document.querySelector('#about')?.innerText.includes('no picture yet')")
             await browser.upload(folder / "wide.png")
             await browser.ask("What is shown?")  # at once: the page waits for the upload itself
-            stages = []
+            stages, end = [], time.monotonic() + 90
             while (said := await browser.see(SAID)) is None or not re.search("of answer", await browser.see(NOTE) or ""):
                 stages.append(tuple(said or ()))
                 await asyncio.sleep(0.03)
-                assert len(stages) < 1500, stages[-3:]
+                assert time.monotonic() < end, (stages[-3:], await browser.see(NOTE), await browser.see("document.querySelector('#box textarea').value"))
             assert len({stage for stage in stages if len(stage) == 2}) > 2, f"no growing answer was seen: {set(stages)}"
             expected = alone(model, folder / "wide.png", "What is shown?", "Which color?")
             assert [" ".join(text.split()) for text in await browser.see(SAID)] == [" ".join(text.split()) for _, text in expected[:2]]
@@ -453,4 +459,4 @@ def test_a_visitor_uploads_asks_reads_and_is_told_what_is_refused(address, model
             own = (address, "data:", "blob:", "about:", "chrome:")
             assert not [url for url in browser.requests if not url.startswith(own)]
 
-    asyncio.run(asyncio.wait_for(visit(), 120))
+    asyncio.run(asyncio.wait_for(visit(), 200))
