@@ -27,6 +27,7 @@ from aimv2_vlm.models.assistant import AssistantForTraining, build_assistant, se
 
 MEAN, STD = [0.48, 0.45, 0.41], [0.27, 0.26, 0.28]
 GRIDS = [(1, 1), (2, 2), (3, 3), (1, 2), (3, 2)]
+ROUNDING = 5e-7  # of normalised pixels, which are at most 3
 SPELLINGS = ["1x1", "2x2", "3x3", "1x3", "2x2+1x2+2x1", "1x2+2x1+2x2+3x1+1x3"]
 sides = st.one_of(st.integers(1, 4000), st.integers(1, 60), st.sampled_from([335, 336, 337, 672, 750, 1008]))
 
@@ -159,7 +160,7 @@ def test_pixels_are_the_stock_processors(grid, height, width):
         shown = by_hand if pad_square and not tiling.single else Image.fromarray(pixels.permute(1, 2, 0).numpy())
         expected = stock(shown, return_tensors="pt")
         assert views.shape == (tiling.num_views, 3, 56, 56)
-        assert torch.equal(views, expected["pixel_values"] if tiling.single else expected["pixel_values"][0])
+        assert (views - (expected["pixel_values"] if tiling.single else expected["pixel_values"][0])).abs().max() <= ROUNDING
         assert tiling.single or expected["image_sizes"].tolist() == [list(size)]
         assert size == tiling.processed_size(height, width)
 
@@ -187,7 +188,7 @@ def assert_pixels_are_the_stock_processors(pixels, tiling):
     expected = stock(shown.contiguous(), return_tensors="pt", input_data_format="channels_first")
     expected_pixels = expected["pixel_values"] if tiling.single else expected["pixel_values"][0]
     views, size = picture_views(pixels, tiling, stock)
-    assert torch.equal(views, expected_pixels)
+    assert (views - expected_pixels).abs().max() <= ROUNDING
     assert tiling.single or expected["image_sizes"].tolist() == [list(size)]
     raw, raw_size = cut_views(pixels, tiling, MEAN)
     assert raw.dtype == torch.uint8 and raw_size == size

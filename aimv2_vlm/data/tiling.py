@@ -258,7 +258,7 @@ def cut_views(
 def picture_views(picture_CHW: torch.Tensor, tiling: Tiling, image_processor) -> tuple[torch.Tensor, tuple[int, int]]:
     """Pixels (K, 3, tile, tile), normalised fp32, of one picture (uint8, RGB) and its processed (height, width).
 
-    They are the stock image processor's for the picture that `prepare_picture` gives. A processor with other settings
+    They are the stock image processor's, to 1e-6, for the picture that `prepare_picture` gives. A processor with other settings
     than `image_processor` makes is asked itself.
     """
     import torch
@@ -267,17 +267,17 @@ def picture_views(picture_CHW: torch.Tensor, tiling: Tiling, image_processor) ->
         picture_CHW = prepare_picture(picture_CHW, tiling, image_processor.image_mean)
         pixels = image_processor(picture_CHW, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
         return (pixels if tiling.single else pixels[0]), tuple(picture_CHW.shape[-2:])
-    # The stock processor's own arithmetic, so that every bit agrees; view by view, so that they stay in the CPU's
-    # cache, and on whole lines, because three colours are too short an axis to be computed fast.
-    tile, scale = tiling.tile_size, 1.0 / image_processor.rescale_factor
-    mean_line, std_line = (
-        (torch.tensor(value) * scale).repeat(tile) for value in (image_processor.image_mean, image_processor.image_std)
-    )
+    # (value * rescale - mean) / std as one product and sum, within 3e-7 of the stock arithmetic; view by view, so that they stay in
+    # the CPU's cache, and on whole lines, because three colours are too short an axis to be computed fast.
+    tile = tiling.tile_size
+    mean, std = (torch.tensor(value, dtype=torch.float64) for value in (image_processor.image_mean, image_processor.image_std))
+    shift_line, scale_line = (value.float().repeat(tile) for value in (-mean / std, image_processor.rescale_factor / std))
     crops, size = _crops(picture_CHW, tiling, image_processor.image_mean)
     pixels_KHWC = torch.empty(len(crops), tile, tile, 3)
     for crop, view_HWC in zip(crops, pixels_KHWC, strict=True):
         crop.paste_into(view_HWC)
-        view_HWC.flatten(1).sub_(mean_line).div_(std_line)
+        lines = view_HWC.flatten(1)
+        torch.addcmul(shift_line, lines, scale_line, out=lines)
     return pixels_KHWC.permute(0, 3, 1, 2), size
 
 
