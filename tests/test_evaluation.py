@@ -698,6 +698,61 @@ def test_an_exception_is_a_counted_error_and_never_an_empty_answer(assistants, t
     assert any("incomplete" in line and "3 questions" in line for line in lines)
 
 
+def test_the_same_command_asks_again_only_what_has_no_answer(assistants, tmp_path, monkeypatch):
+    from aimv2_vlm.evaluation.benchmarks import write_benchmark
+
+    write_benchmark(tmp_path / "root" / "words", make_rows(), {"metric": "exact_match", "prompt_suffix": "one word ."})
+    stock, asked, broken = Generator.answer, [], [True]
+
+    def answering(self, questions, *more):
+        asked.append(len(questions))
+        given = stock(self, questions, *more)
+        return [GenerationError("out of memory"), *given[1:]] if broken[0] and len(asked) == 2 else given
+
+    monkeypatch.setattr(Generator, "answer", answering)
+    config = make_config(tmp_path / "out", tmp_path / "root", {"one": assistants[1]}, benchmarks=["words"], controls=[])
+    status, lines = sweep(config)
+    (first,) = comparable(tmp_path / "out" / "ledger.jsonl")
+    assert status == 1 and first["num_errors"] == 1 and "asks what has no answer again" in lines[-1] and asked == [4, 4, 2]
+    broken[0] = False
+    status, lines = sweep(config)
+    (row,) = comparable(tmp_path / "out" / "ledger.jsonl")
+    assert status == 0 and "1 to run" in lines[0] and asked == [4, 4, 2, 4], "answers that were given stay"
+    assert row["complete"] and row["num_errors"] == 0 and row["key"] == first["key"] and not (tmp_path / "out" / "work").exists()
+    assert sweep(replace(config, out=str(tmp_path / "undisturbed")))[0] == 0
+    assert comparable(tmp_path / "undisturbed" / "ledger.jsonl") == [row]
+
+
+def test_controls_of_an_older_checkpoint_do_not_stay_beside_a_new_score(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "again")
+    changed = make_assistant(tmp_path / "changed", tiles=1, seed=9)
+    config = replace(finished.config, out=str(out), models=[EvalModel(str(changed), "one")], benchmarks=["set/words", "set/words"], controls=[])
+    status, lines = sweep(config)
+    assert status == 0 and lines[0] == "sweep: 1 cells, 0 finished before, 1 to run", "named twice, asked once"
+    rows = comparable(out / "ledger.jsonl")
+    assert [row["control"] for row in rows if (row["model"], row["benchmark"]) == ("one", "set/words")] == [None]
+    assert [row for row in rows if row["model"] == "two"] == [row for row in finished.rows if row["model"] == "two"]
+
+
+def test_a_checkpoint_that_is_not_there_keeps_its_rows(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "again")
+    config = replace(finished.config, out=str(out), models=[EvalModel(str(tmp_path / "unmounted"), "one")])
+    status, lines = sweep(config)
+    assert status == 1 and comparable(out / "ledger.jsonl") == finished.rows and any("no checkpoint here" in line for line in lines)
+
+
+def test_a_checkpoint_is_known_by_its_adapter_too(tmp_path):
+    from aimv2_vlm.evaluation.sweep import digest_checkpoint
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    found = set()
+    for content in ("one", "two"):
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_text(content)
+        found.add(digest_checkpoint(str(tmp_path)))
+    assert len(found) == 2
+
+
 def test_without_the_sweep_lmms_eval_stops_instead_of_scoring_an_error(assistants, monkeypatch):
     from aimv2_vlm.evaluation.lmms_model import AssistantModel, UnansweredError
 

@@ -230,6 +230,8 @@ def test_mme_sums_accuracy_and_accuracy_plus_over_subtasks():
     assert metrics.benchmark_score("mme", *mme_case("11111111")) == 400  # two subtasks of at most 200
     assert metrics.benchmark_score("mme", *mme_case("10101010")) == 100  # half right, no picture whole
     assert metrics.benchmark_score("mme", *mme_case("11101100")) == (75 + 50) + (50 + 50)
+    scores, rows = mme_case("11111111")
+    assert metrics.benchmark_score("mme", scores[1:], rows[1:]) == 350, "half of a pair is no pair"
     scores, rows = mme_case("1110" * 40 + "1100" * 40)
     low, high = metrics.score_interval("mme", scores, rows)
     assert low < metrics.benchmark_score("mme", scores, rows) < high
@@ -332,7 +334,8 @@ def test_table_8_averages_are_over_the_benchmarks_that_have_every_number_of_shot
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {(row["shots"], row["control"]): row["average"] for row in compare(tmp_path)["in_context"]}
     assert found == {(0, None): 30, (4, None): 45, (4, "shuffled_answers"): 37}
-    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["shots"] == 0))
+    probe = {"kind": "probing", "model": "m", "benchmark": "pets", "control": None, "score": 90.0}
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [probe, *(r for r in rows if r["shots"] == 0)]))
     assert compare(tmp_path)["in_context"] == [], "without shots there is no such table"
 
 

@@ -42,6 +42,8 @@ def test_a_model_is_set_against_the_row_whose_name_it_bears():
 def test_another_split_a_control_or_a_part_of_the_questions_is_never_put_into_a_column():
     assert beside_the_paper([
         row("AIMv2 L", "aimv2_docvqa_val", 50.0), row("AIMv2 L", "aimv2_vqav2_val", 30.0, control="blind"), row("AIMv2 L", "aimv2_gqa_val", 30.0, limit=100),
+        row("AIMv2 L", "aimv2_gqa_val", 30.0, split="val, 12 of 132062 questions"), row("AIMv2 L", "aimv2_gqa_val", 30.0, prompt_suffix="Be brief."),
+        row("AIMv2 L", "aimv2_vqav2_val_4shot", 30.0, shots=4, split="validation, 3 of 214354 questions"),
         row("AIMv2 L", "aimv2_docvqa_test", 0.0) | {"score": None}, row("AIMv2-L", "imagenet-1k", 80.0, kind="zero_shot"), row("AIMv2-L LiT", "imagenet-1k", 80.0, kind="probing"),
     ]) == []
 

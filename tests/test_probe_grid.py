@@ -328,7 +328,30 @@ train: {{num_workers: 0, trackers: []}}
     assert "2 finished before" in again.stdout + again.stderr
     after = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
     assert [row | {"seconds": 0} for row in after] == [row | {"seconds": 0} for row in rows]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"best on test {first['best_on_test']['score']:.1f}" in report and f"| whole | colors | test | top-1 | {first['score']:.1f} |" in report
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Further scores" in page and "None" not in page and "prompt" not in page
+    # what is not there fails, and keeps its rows
     done = run_cli("eval", config, "models.1.path=nowhere", check=False)
-    assert done.returncode == 2 or (done.returncode == 1 and "nowhere" in (tmp_path / "out" / "failed.jsonl").read_text())
+    assert done.returncode == 1 and "nowhere: no such file or folder" in (tmp_path / "out" / "failed.jsonl").read_text()
+    (tmp_path / "colors").rename(tmp_path / "elsewhere")
+    planned = run_cli("eval", "--plan", config, check=False)
+    assert planned.returncode == 1 and "MISSING colors" in planned.stdout and "ok      dtd" in planned.stdout and "train 4 of 3,760" in planned.stdout
+    done = run_cli("eval", config, check=False)
+    assert done.returncode == 1 and "no split 'train'" in (tmp_path / "out" / "failed.jsonl").read_text()
+    (tmp_path / "elsewhere").rename(tmp_path / "colors")
+    assert run_cli("eval", "--plan", config).stdout.endswith("plan: all 4 things are there\n")
+    kept = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    assert [row | {"seconds": 0} for row in kept] == [row | {"seconds": 0} for row in rows]
+    # other pictures under the same path are other data
+    pictures = sorted((tmp_path / "colors" / "test").rglob("*.png"))
+    pictures[0].write_bytes(pictures[-1].read_bytes())
+    done = run_cli("eval", config)
+    after = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    assert "2 finished before" in done.stdout + done.stderr
+    assert [(row["model"], row["benchmark"]) for row in after] == [(row["model"], row["benchmark"]) for row in rows], "in the config's order"
+    assert {row["key"] for row in after if row["benchmark"] == "dtd"} == {row["key"] for row in rows if row["benchmark"] == "dtd"}
+    assert not {row["data_hash"] for row in after if row["benchmark"] == "colors"} & {row["data_hash"] for row in rows}
     done = run_cli("eval", config, "kind=guessing", check=False)
     assert done.returncode == 2 and "kind: 'guessing' is none of benchmarks, probing, zero_shot" in done.stderr

@@ -526,7 +526,7 @@ def test_a_paper_row_stands_beside_ours_and_the_scores_are_in_markdown_too(tmp_p
     made = make_everything(tmp_path, num_pictures=24)
     ledger = made["eval_dir"] / "ledger.jsonl"
     row = json.loads(ledger.read_text(encoding="utf-8").splitlines()[0]) | {"model": "AIMv2 L (of <b>ours</b>)", "benchmark": "aimv2_gqa_val", "control": None}
-    ledger.write_text(ledger.read_text(encoding="utf-8") + json.dumps(row | {"score": 70.0, "interval": [69.0, 71.0], "samples": "none.jsonl", "limit": None}) + "\n", encoding="utf-8")
+    ledger.write_text(ledger.read_text(encoding="utf-8") + json.dumps(row | {"score": 70.0, "interval": [69.0, 71.0], "samples": "none.jsonl", "limit": None, "split": "val"}) + "\n", encoding="utf-8")
     source = write_report(tmp_path / "report.html", **made).read_text(encoding="utf-8")
     assert_self_contained(source)
     words = Page(source).words["paper"]

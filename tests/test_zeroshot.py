@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -207,10 +208,29 @@ data_sets:
         f"{a}@{k}" for a in ("picture_to_text", "text_to_picture") for k in (1, 5, 10)}
     for row in rows:
         assert (tmp_path / "out" / row["samples"]).read_text().count("\n") == row["num_questions"] and row["versions"]["transformers"] and row["data_hash"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "picture to text@5" in report and "have no scores" not in report and "None" not in report
     failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
     assert {row["model"] for row in failed} == {"an encoder alone"} and len(failed) == 2
     ledger = (tmp_path / "out" / "ledger.jsonl").read_text()
     run_cli("eval", config, check=False)
     assert (tmp_path / "out" / "ledger.jsonl").read_text() == ledger
+    refused = run_cli("eval", config, "data_sets.0.duplicates=drop", check=False)
+    assert refused.returncode == 2 and "colours: duplicates means nothing where nothing is trained" in refused.stderr
     refused = run_cli("eval", config, "--processes", 2, check=False)
     assert refused.returncode == 2 and "kind zero_shot runs in one process" in refused.stderr
+
+
+def test_a_picture_that_cannot_be_decoded_makes_its_cell_incomplete_until_the_data_is_whole(models, colors, tmp_path):
+    data = shutil.copytree(colors, tmp_path / "colours")
+    broken = min((data / "test").rglob("*.png"))
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    config = tmp_path / "zero.yaml"
+    config.write_text(f"kind: zero_shot\nout: {tmp_path}/out\nprecision: fp32\nmodels: [{{name: clip, path: {models['clip']}}}]\ndata_sets: [{{path: {data}}}]\n")
+    for content, status, num_errors, said in ((whole[:60], 1, 1, "0 finished before"), (whole[:60], 1, 1, "1 finished before"), (whole, 0, 0, "0 finished before")):
+        broken.write_bytes(content)
+        done = run_cli("eval", config, check=False)
+        (row,) = map(json.loads, (tmp_path / "out" / "ledger.jsonl").read_text().splitlines())
+        assert done.returncode == status and row["num_errors"] == num_errors and said in done.stdout + done.stderr
+        assert ("incomplete: clip / colours: 1 pictures cannot be decoded" in done.stdout + done.stderr) == bool(status)

@@ -19,7 +19,7 @@ import torch
 from aimv2_vlm.config import LabelledData, ProbeAugmentation, UserError
 from aimv2_vlm.data.augmentation import AugmentedTransform
 from aimv2_vlm.data.order import Order, combine, draws
-from aimv2_vlm.data.recognition import find_split, split_differs
+from aimv2_vlm.data.recognition import Row, find_split, split_differs
 from aimv2_vlm.data.shards import IMAGE_EXTENSIONS
 from aimv2_vlm.data.transforms import MAX_BYTES, BadImage, EvalTransform, TrainTransform, decode_image
 
@@ -51,36 +51,75 @@ def read_split(data: LabelledData, split: str) -> list[Picture]:
     With `data.name`, of a set of data/recognition.py as it lies below `data.path`. Pictures of parquet files are held in memory.
     Raises UserError where the split, a column or a label is missing.
     """
+    found, data = _find(data, split)
+    if isinstance(found, list):
+        return [Picture(name, label, source, file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest())
+                for name, label, source in found]
+    pictures = [picture for file in found for picture in _read_parquet(file, data)]
+    if not pictures:
+        raise UserError(f"{found[0]}: split '{split}' holds no row{' that data.where keeps' if data.where else ''}")
+    return pictures
+
+
+def count_split(data: LabelledData, split: str) -> int | None:
+    """How many pictures `read_split` would give, told without reading them; None where `data.where` chooses among rows.
+
+    Raises UserError where the split, a column or a file is missing.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    found, data = _find(data, split)
+    if isinstance(found, list):
+        if gone := [str(source) for _, _, source in found if isinstance(source, Path) and not source.is_file()]:
+            raise UserError(f"{data.path}: {len(gone):,} of {len(found):,} pictures of split '{split}' are not there (first: {gone[0]})")
+        return len(found)
+    total = 0
+    for file in found:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as table:
+                _check_columns(file, table.schema_arrow.names, data)
+                total += table.metadata.num_rows
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file}: not readable as parquet ({str(error).splitlines()[0]})") from None
+    return None if data.where else total
+
+
+def _find(data: LabelledData, split: str) -> tuple[list[Row] | tuple[Path, ...], LabelledData]:
+    """(rows of a split, or its parquet files; the keys to read these by)."""
     if not data.path:
         raise UserError("data.path: names no labelled pictures; give a folder of <split>/<class>/* or of <split>-*.parquet")
     if data.name:
         rows, data, split = find_split(data, "train" if split == data.train else "test")
         if rows is not None:
-            return [Picture(name, label, source, file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest())
-                    for name, label, source in rows]
+            return rows, data
     root, place = Path(data.path), Path(data.path) / split
     if place.is_dir():
-        return _read_folder(place)
+        return _list_folder(place), data
     files = [place] if place.is_file() else sorted([*root.glob(f"{split}-*.parquet"), *root.glob(f"data/{split}-*.parquet")])
     if not files:
         there = [p.name for p in sorted(root.iterdir()) if p.is_dir()] if root.is_dir() else []
         raise UserError(f"{root}: no split '{split}' (neither {split}/<class>/* nor {split}-*.parquet)"
                         f"{'; folders there: ' + ', '.join(there[:8]) if there else ''}; set data.path, data.train or data.test")
-    pictures = [picture for file in files for picture in _read_parquet(file, data)]
-    if not pictures:
-        raise UserError(f"{files[0]}: split '{split}' holds no row{' that data.where keeps' if data.where else ''}")
-    return pictures
+    return tuple(files), data
 
 
-def _read_folder(folder: Path) -> list[Picture]:
-    pictures = []
+def _list_folder(folder: Path) -> list[Row]:
+    rows = []
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in sorted(group.rglob("*")):
             if file.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not file.is_dir():
-                pictures.append(Picture(str(file.relative_to(folder.parent)), group.name, file, file_digest(file)))
-    if not pictures:
+                rows.append((str(file.relative_to(folder.parent)), group.name, file))
+    if not rows:
         raise UserError(f"{folder}: holds no <class>/<picture>")
-    return pictures
+    return rows
+
+
+def _check_columns(file: Path, present: Sequence[str], data: LabelledData) -> list[str]:
+    wanted = [data.image_column, data.label_column, *data.where]
+    if missing := [column for column in wanted if column not in present]:
+        raise UserError(f"{file}: no column {', '.join(missing)} (columns: {', '.join(present)}); set data.image_column or data.label_column")
+    return wanted
 
 
 def file_digest(file: Path) -> str:
@@ -102,10 +141,7 @@ def _read_parquet(file: Path, data: LabelledData) -> list[Picture]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        present = table.schema_arrow.names
-        wanted = [data.image_column, data.label_column, *data.where]
-        if missing := [column for column in wanted if column not in present]:
-            raise UserError(f"{file}: no column {', '.join(missing)} (columns: {', '.join(present)}); set data.image_column or data.label_column")
+        wanted = _check_columns(file, table.schema_arrow.names, data)
         class_names = _class_names(table.schema_arrow.metadata, data.label_column)
         where_names = {column: _class_names(table.schema_arrow.metadata, column) for column in data.where}
         pictures, row = [], -1

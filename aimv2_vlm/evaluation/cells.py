@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.sweep import read_ledger
-from aimv2_vlm.train.directory import acquire_lock, versions, write_atomically
+from aimv2_vlm.evaluation.sweep import digest_checkpoint, failure, is_missing, read_ledger, write_rows
+from aimv2_vlm.train.directory import acquire_lock, versions
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import Stopped
 from aimv2_vlm.train.metrics import say
@@ -20,7 +20,8 @@ from aimv2_vlm.train.metrics import say
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One line of the ledger: `model` on `benchmark`. `depends`: all that its numbers depend on and that is known before it runs."""
+    """One line of the ledger: `model` on `benchmark`. `depends`: all that its numbers depend on and that is known before it runs, or
+    the UserError that says why it is not known."""
 
     model: str
     benchmark: str
@@ -34,6 +35,16 @@ class Cell:
     def folder(self) -> str:
         """A name for what the cell keeps beside its row."""
         return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{self.model}__{self.benchmark}") + f"__{self.key[:8]}"
+
+
+def known_before(model_path: str, read_data: Callable[[], str]) -> list[str] | UserError:
+    """[hash of the checkpoint, what `read_data` returns], or why there is none."""
+    if is_missing(model_path):
+        return UserError(f"{model_path}: no such file or folder")
+    try:
+        return [digest_checkpoint(model_path), read_data()]
+    except UserError as error:
+        return error
 
 
 def check_names(models: Sequence[Any], data_sets: Sequence[Any], out: str | None) -> tuple[list[str], list[str]]:
@@ -63,10 +74,15 @@ def run_cells(
     """Run every cell that `<out>/ledger.jsonl` does not hold; `run` returns a row's own columns (score and interval in points).
 
     Rows of these cells from other checkpoints, data or settings are taken out. What fails stands in `failed.jsonl` and is tried again
-    by the same command. A collective call: all processes run each cell, the main one writes. Returns 0 when every cell is finished.
+    by the same command; a model or data set that is not there fails, and its rows stay. A collective call: all processes run each
+    cell, the main one writes, `report.html` and `report.md` too. Returns 0 when every cell is finished and complete.
     """
+    from aimv2_vlm.evaluation.report import write_report
+
     folder = Path(out)
-    ledger, failures = folder / "ledger.jsonl", []
+    ledger, failures, unknown = folder / "ledger.jsonl", [], [cell for cell in cells if isinstance(cell.depends, UserError)]
+    cells = [cell for cell in cells if cell not in unknown]
+    order = {cell.key: number for number, cell in enumerate(cells)}
     lock, done = None, []
     if placement.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,11 +90,13 @@ def run_cells(
         keys = {(cell.model, cell.benchmark): cell.key for cell in cells}
         rows = [] if restart else read_ledger(ledger, repair=True)
         done = [row for row in rows if keys.get((row["model"], row["benchmark"]), row["key"]) == row["key"]]
-        _write(ledger, done)
+        write_rows(ledger, done)
     try:
+        for cell in unknown:
+            failures.append(_failed(cell, cell.depends, placement))
         finished = set(placement.gather_strings([row["key"] for row in done]))
         if placement.is_main:
-            say(f"evaluation: {len(cells)} cells, {sum(c.key in finished for c in cells)} finished before")
+            say(f"evaluation: {len(cells) + len(unknown)} cells, {sum(c.key in finished for c in cells)} finished before")
         for cell in [cell for cell in cells if cell.key not in finished]:
             started = time.monotonic()
             try:
@@ -86,27 +104,34 @@ def run_cells(
             except Stopped:
                 raise
             except Exception as error:  # a cell must not end the others; its reason is kept
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                failures.append({"model": cell.model, "benchmark": cell.benchmark, "control": None, "reason": reason})
-                if placement.is_main:
-                    say(f"failed: {cell.model} / {cell.benchmark}: {'' if isinstance(error, UserError) else type(error).__name__ + ': '}{reason}")
+                failures.append(_failed(cell, error, placement))
                 continue
             if placement.is_main:
                 done.append({"key": cell.key, "model": cell.model, "benchmark": cell.benchmark, "control": None} | columns
-                            | {"versions": versions(), "seconds": round(time.monotonic() - started, 1)})
-                _write(ledger, done)
+                            | {"versions": versions(), "seconds": (seconds := round(time.monotonic() - started, 1))})
+                done.sort(key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
+                write_rows(ledger, done)
                 low, high = columns["interval"]
                 say(f"{cell.model} / {cell.benchmark}: {columns['metric']} {columns['score']:.1f} [{low:.1f}, {high:.1f}] on "
-                    f"{columns['num_questions']:,} of {columns['split']}, {done[-1]['seconds']} s")
+                    f"{columns['num_questions']:,} of {columns['split']}, {seconds} s")
+        incomplete = [row for row in done if row["key"] in order and not row["complete"]]
         if placement.is_main:
-            _write(folder / "failed.jsonl", failures)
+            write_rows(folder / "failed.jsonl", failures)
+            for row in incomplete:
+                say(f"incomplete: {row['model']} / {row['benchmark']}: {row['num_errors']} pictures cannot be decoded; with other data in their place "
+                    "the cell runs again")
             say(f"evaluation: {len(failures)} cells failed, see {folder / 'failed.jsonl'}; the same command tries them again" if failures
                 else f"evaluation: finished, {len(cells)} cells in {ledger}")
+            say(f"report: {write_report(folder / 'report.html', runs={}, eval_dir=folder, title=folder.name)}")
+        num_incomplete = len(placement.gather_strings([row["key"] for row in incomplete]))
     finally:
         if lock is not None:
             lock.close()
-    return int(bool(failures))
+    return int(bool(failures or num_incomplete))
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _failed(cell: Cell, error: Exception, placement: Placement) -> dict[str, Any]:
+    row = failure(cell.model, cell.benchmark, None, error)
+    if placement.is_main:
+        say(f"failed: {cell.model} / {cell.benchmark}: {'' if isinstance(error, UserError) else type(error).__name__ + ': '}{row['reason']}")
+    return row

@@ -6,15 +6,15 @@ Both are computed from the ledger and its samples alone and stand in `comparison
   its 95 % interval, pictures as clusters. `told_apart` is true where the interval excludes 0; a ranking is worth printing only there.
 - `needs_picture`: questions that no model of the ledger answers right blind and that the most frequent training answer misses (right:
   a score of at least 0.5), with each model's score on them. All models share one subset. Captions have none: all of them need it.
-- `in_context`: Table 8's averages, for each model and number of shots over the benchmarks that have every number of shots; with the
-  controls of the shots. It mixes accuracies and CIDEr, as the table does.
+- `in_context`: averages as in Table 8, for each model and number of shots over the benchmarks that have every number of shots whole;
+  with the controls of the shots. It mixes accuracies and CIDEr, as the table does.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def write_comparisons(out: str | Path) -> Path:
 def compare(out: str | Path) -> dict[str, list[dict[str, Any]]]:
     """`paired`, `needs_picture` and `in_context` of the ledger in `out`, in the order of the ledger."""
     out = Path(out)
-    cells = [_Cell(out, row) for row in read_ledger(out / "ledger.jsonl") if row["score"] is not None]
+    rows = [row for row in read_ledger(out / "ledger.jsonl") if row["score"] is not None and row.get("kind", "benchmarks") == "benchmarks"]
+    cells = [_Cell(out, row) for row in rows]
     asked: dict[tuple, list[_Cell]] = {}  # the same questions of the same data under the same shots
     for cell in cells:
         if cell.row["control"] is None:
@@ -47,7 +48,7 @@ def compare(out: str | Path) -> dict[str, list[dict[str, Any]]]:
         if (found := _paired(first, second)) is not None
     ]
     needs_picture = [row for group in asked.values() for row in _needs_picture(group, cells)]
-    return {"paired": paired, "needs_picture": needs_picture, "in_context": _averages(cells)}
+    return {"paired": paired, "needs_picture": needs_picture, "in_context": in_context_averages(rows)}
 
 
 class _Cell:
@@ -61,8 +62,7 @@ class _Cell:
     @property
     def base(self) -> tuple[str, Any]:
         """Name without shots, and how many questions were asked."""
-        shots = self.row.get("shots", 0)
-        return self.row["benchmark"].removesuffix(f"_{shots}shot") if shots else self.row["benchmark"], self.row["limit"]
+        return without_shots(self.row), self.row["limit"]
 
     def samples(self) -> dict[str, dict[str, Any]]:
         """Scored samples by question id; none where the file is gone."""
@@ -72,16 +72,24 @@ class _Cell:
         return {row["id"]: row for row in rows if row["score"] is not None}
 
 
-def _averages(cells: list[_Cell]) -> list[dict[str, Any]]:
+def without_shots(row: Mapping[str, Any]) -> str:
+    """The benchmark of a ledger row, whatever the number of shots."""
+    shots = row.get("shots") or 0
+    return row["benchmark"].removesuffix(f"_{shots}shot") if shots else row["benchmark"]
+
+
+def in_context_averages(rows: Iterable[Mapping[str, Any]], benchmarks: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Mean scores over `benchmarks` (None: those that a model has with every number of shots) for each model that was asked with
+    shots, number of shots and control of these. A cell with errors does not count."""
     table: dict[tuple[str, int, str | None], dict[str, float]] = {}
-    for cell in cells:
-        row = cell.row
-        if row["control"] not in ("blind", "wrong_picture"):
-            table.setdefault((row["model"], row.get("shots", 0), row["control"]), {})[cell.base[0]] = row["score"]
+    for row in rows:
+        if row["control"] not in ("blind", "wrong_picture") and row.get("complete", True):
+            table.setdefault((row["model"], row.get("shots") or 0, row["control"]), {})[without_shots(row)] = row["score"]
     found = []
     for (model, shots, control), scores in table.items():
         plain = [set(other) for (name, _, arm), other in table.items() if name == model and arm is None]
-        names = sorted(set.intersection(*plain)) if len(plain) > 1 else []
+        with_shots = any(number for name, number, _ in table if name == model)
+        names = sorted(benchmarks or set.intersection(*plain)) if with_shots and plain else []
         if names and set(names) <= set(scores):
             average = sum(scores[name] for name in names) / len(names)
             found.append({"model": model, "shots": shots, "control": control, "average": round(average, 4), "benchmarks": names})

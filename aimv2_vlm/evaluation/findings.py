@@ -178,7 +178,7 @@ class Evaluation:
                 damaged += 1
                 continue
             size = row.get("source_size")
-            arm = Arm(str(row["model"]), str(row.get("tiling", "1x1")), int(size) if finite(size) else None)
+            arm = Arm(str(row["model"]), str(row.get("tiling", "1x1") or ""), int(size) if finite(size) else None)  # encoders alone cut nothing
             self.cells[arm, str(row["benchmark"]), row.get("control") or None] = row
         if damaged:
             self.gaps.append(f"evaluation: {damaged} unreadable line{'s' if damaged > 1 else ''} in ledger.jsonl")
@@ -213,8 +213,8 @@ class Evaluation:
 
     def _read_samples(self, key: tuple[Arm, str, str | None]) -> list[dict[str, Any]]:
         row = self.cells.get(key)
-        if row is None or self.path is None or not row.get("samples"):
-            return []
+        if row is None or self.path is None or not row.get("samples") or row.get("kind", "benchmarks") != "benchmarks":
+            return []  # pictures of zero-shot sets have classes and captions, not questions and answers
         where = f"evaluation: {key[0].label}, {key[1]}" + (f", {key[2]}" if key[2] else "")
         try:
             samples, _ = read_jsonl(self.path / str(row["samples"]))
@@ -328,6 +328,23 @@ def control_scores(evaluation: Evaluation, arm: Arm, benchmark: str) -> dict[str
     majority = evaluation.cells[arm, benchmark, None].get("majority_score")
     if finite(majority):
         found["majority"] = float(majority)
+    return found
+
+
+def further_scores(row: Mapping[str, Any]) -> list[str]:
+    """What a ledger row of a probe or of zero-shot says beyond its score, in words: the best of the grid on test, top-5, other recalls."""
+    found = []
+    best = row.get("best_on_test")
+    if isinstance(best, dict) and finite(best.get("score")):
+        found.append(f"best on test {best['score']:.1f}")
+    if finite(row.get("top_5")):
+        found.append(f"top-5 {row['top_5']:.1f}")
+    recalls = row.get("recalls")
+    for name, recall in recalls.items() if isinstance(recalls, dict) else ():
+        low, high = recall["interval"]
+        found.append(f"{name.replace('_', ' ')} {recall['score']:.1f} ({low:.1f} to {high:.1f})")
+    if row.get("differs_from_published"):
+        found.append(f"another split: {row['differs_from_published']}")
     return found
 
 

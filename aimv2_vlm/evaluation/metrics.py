@@ -295,12 +295,13 @@ def benchmark_score(metric: str, scores: Sequence[float], rows: Sequence[Mapping
 
 
 def _mme_totals(scores: Sequence[float], rows: Sequence[Mapping], drawn_DC: np.ndarray | None) -> np.ndarray:
-    """MME's sum; with `drawn_DC` for each of D draws of the pictures (in the order of their sorted keys)."""
+    """MME's sum; with `drawn_DC` for each of D draws of the pictures (in the order of their sorted keys). Accuracy+ takes a pair: a picture
+    with one question left (a limit, an error) has none."""
     keys = [f"{row['attribute']}\0{row['picture_id']}" for row in rows]
     names, picture_of = np.unique(keys, return_inverse=True)
     counts = np.bincount(picture_of)
     accuracy = np.bincount(picture_of, weights=np.asarray(scores, dtype=float)) / counts
-    values = accuracy + (accuracy == 1.0)
+    values = accuracy + ((accuracy == 1.0) & (counts > 1))
     if drawn_DC is None:
         drawn_DC = np.ones((1, len(names)))
     subtask_of = np.array([name.partition("\0")[0] for name in names])

@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from aimv2_vlm.evaluation.comparison import in_context_averages, without_shots
+from aimv2_vlm.evaluation.hub_sets import HUB_SETS
+
 NUMBERS = Path(__file__).with_name("paper.yaml")
 IN_CONTEXT = ("aimv2_coco2017_val", "aimv2_nocaps_val", "aimv2_textcaps_val", "aimv2_vqav2_val", "aimv2_textvqa_val", "aimv2_vizwiz_val",
               "aimv2_gqa_val", "aimv2_okvqa_val")  # Table 8
@@ -59,7 +62,7 @@ def tables() -> dict[str, Table]:
 
 def beside_the_paper(rows: Iterable[Mapping[str, Any]]) -> list[Beside]:
     """Every table of the paper that shares a column with these ledger rows (those of controls are left out)."""
-    measured = [row for row in rows if row.get("control") is None and row.get("score") is not None and row.get("limit") is None]
+    measured = [row for row in rows if row.get("control") is None and row.get("score") is not None and row.get("limit") is None and _as_printed(row)]
     found = []
     for table in tables().values():
         scores = _in_context(measured) if table.name == "Table 8" else _by_benchmark(measured, table)
@@ -73,6 +76,12 @@ def beside_the_paper(rows: Iterable[Mapping[str, Any]]) -> list[Beside]:
         paper = {name: [values[i] for i in columns] for name, values in table.rows.items()}
         found.append(Beside(table, tuple(table.columns[i] for i in columns), paper, ours))
     return [beside for beside in found if _belongs(beside)]
+
+
+def _as_printed(row: Mapping[str, Any]) -> bool:
+    """Whether a benchmark was asked whole and in its own words: a mirror's part and another prompt keep the benchmark's name."""
+    hub_set = HUB_SETS.get(without_shots(row))
+    return hub_set is None or (row.get("split", hub_set.split) == hub_set.split and row.get("prompt_suffix", hub_set.suffix) == hub_set.suffix)
 
 
 def _belongs(beside: Beside) -> bool:
@@ -90,6 +99,8 @@ def _by_benchmark(rows: Iterable[Mapping[str, Any]], table: Table) -> dict[str, 
 
 def _cell(row: Mapping[str, Any]) -> Cell:
     notes = [] if row.get("complete", True) else [f"{row.get('num_errors', 0)} errors"]
+    if row.get("tiling_override"):
+        notes.append("not the grid it was tuned with")
     score, interval = row["score"], tuple(row["interval"]) if row.get("interval") else None
     if row.get("best_on_test"):  # what the paper prints; the interval belongs to the point that train chose
         score, interval = row["best_on_test"]["score"], None
@@ -101,16 +112,10 @@ def _cell(row: Mapping[str, Any]) -> Cell:
 
 def _in_context(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Cell]]:
     """Mean of the eight benchmarks for each number of shots, where all eight are there and whole."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for row in rows:
-        shots = row.get("shots") or 0
-        name = row["benchmark"].removesuffix(f"_{shots}shot")
-        if name in IN_CONTEXT and row.get("complete", True):
-            found.setdefault(row["model"], {}).setdefault(shots, {})[name] = row["score"]
-    return {
-        model: {str(shots): Cell(sum(scores.values()) / len(scores)) for shots, scores in by_shots.items() if len(scores) == len(IN_CONTEXT)}
-        for model, by_shots in found.items() if max(by_shots) > 0
-    }
+    found: dict[str, dict[str, Cell]] = {}
+    for one in in_context_averages(rows, IN_CONTEXT):
+        found.setdefault(one["model"], {})[str(one["shots"])] = Cell(one["average"])
+    return found
 
 
 def _paper_row(table: Table, model: str) -> str | None:

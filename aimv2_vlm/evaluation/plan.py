@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.labelled import count_split
+from aimv2_vlm.data.recognition import find_data_set
 from aimv2_vlm.evaluation.benchmarks import check_mirror, find_benchmarks, read_benchmark
+from aimv2_vlm.evaluation.cells import check_names
 from aimv2_vlm.evaluation.hub_sets import HUB_SETS, HubSet
+from aimv2_vlm.evaluation.sweep import is_missing
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,9 @@ class Need:
 
 
 def plan(config: Any) -> list[Need]:
-    """Everything an EvalConfig needs. Mirrors are checked by their headers: columns, parts and number of rows.
-
-    Raises UserError for another kind of evaluation.
-    """
+    """Everything a config of any kind needs. Mirrors and parquet files are checked by their headers: columns, parts and number of rows."""
     if config.kind != "benchmarks":
-        raise UserError(f"--plan: lists what benchmarks need; this config is of kind {config.kind}")
+        return _plan_data_sets(config)
     root = Path(config.benchmark_root)
     needs = [_benchmark(name, found, root) for name, found in find_benchmarks(root, config.benchmarks)]
     if max(config.shots, default=0) > 0:
@@ -36,6 +38,37 @@ def plan(config: Any) -> list[Need]:
     needs += [_model(entry, max(config.shots, default=0)) for entry in config.models]
     needs += [Need(file, ("training questions",), "" if Path(file).is_file() else "missing") for file in config.train_conversations]
     return needs
+
+
+def _plan_data_sets(config: Any) -> list[Need]:
+    """Of a probing or zero-shot config."""
+    models, names = check_names(config.models, config.data_sets, config.out)
+    needs = []
+    for name, data in zip(names, config.data_sets, strict=True):
+        captions = getattr(data, "captions", None)
+        files = [file for file in (captions, getattr(data, "class_names", None)) if file]
+        splits = [] if captions else [data.train, data.test] if config.kind == "probing" else [data.test]
+        needs.append(_labelled(name, data, splits, files))
+    for name, model in zip(models, config.models, strict=True):
+        needs.append(Need(name, (model.path,), "no checkpoint here" if is_missing(model.path) else ""))
+    return needs
+
+
+def _labelled(name: str, data: Any, splits: Sequence[str], files: Sequence[str]) -> Need:
+    """Counts beside Table B1's where the set is one of those; a difference is told and does not stop an evaluation."""
+    about = [data.path]
+    try:
+        known = find_data_set(data.name) if data.name else None
+        for split in splits:
+            count = count_split(data, split)
+            wanted = known and (known.train if split == data.train else known.test)
+            about.append(f"{split} {'not counted (data.where)' if count is None else f'{count:,}'}" + (f" of {wanted:,}" if wanted else ""))
+        about += files
+        if gone := next((file for file in files if not Path(file).is_file()), None):
+            raise UserError(f"{gone} is missing")
+    except UserError as error:
+        return Need(name, tuple(about), str(error))
+    return Need(name, tuple(about))
 
 
 def print_plan(config: Any) -> int:
@@ -106,7 +139,7 @@ def _model(entry: Any, num_shots: int) -> Need:
     name = entry.name or entry.path
     folder = Path(entry.path).expanduser()
     if not (folder / "config.json").is_file():
-        local = entry.path.startswith((".", "/", "~")) or entry.path.count("/") != 1
+        local = folder.is_dir() or is_missing(entry.path)
         return Need(name, (entry.path, "tokens a picture known when it is there"), "no checkpoint here" if local else "")
     try:
         tokens = picture_tokens(folder, entry.tiling)

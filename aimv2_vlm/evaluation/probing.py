@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ from aimv2_vlm.data.labelled import (
     Picture,
     class_counts,
     open_splits,
+    read_split,
     training_transform,
 )
 from aimv2_vlm.data.transforms import EvalTransform
-from aimv2_vlm.evaluation.cells import Cell, check_names, run_cells
+from aimv2_vlm.evaluation.cells import Cell, check_names, known_before, run_cells
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
 from aimv2_vlm.models.assistant import image_statistics
 from aimv2_vlm.models.backbone import PROCESSOR_FILES, load_backbone
@@ -118,14 +119,17 @@ def evaluate(config: ProbingConfig, restart: bool = False) -> int:
     placement = Placement(config.train.strategy, config.precision)
     models, data_sets = check_names(config.models, config.data_sets, config.out)
     recipe_of = {}
+    contents = {name: cache(partial(split_content, data, data.train, data.test)) for name, data in zip(data_sets, config.data_sets, strict=True)}
     for model_name, model in zip(models, config.models, strict=True):
         for set_name, data in zip(data_sets, config.data_sets, strict=True):
             recipe = _cell_recipe(config, model, data)
             settings = recipes.to_dict(recipe)
             for key in ("out", "train", "grid", "data_root"):
                 settings.pop(key)
-            depends = [digest_checkpoint(model.path), settings, config.lrs, config.weight_decays, config.best_on_test, placement.precision]
-            recipe_of[Cell(model_name, set_name, depends)] = recipe
+            known = known_before(model.path, contents[set_name])
+            if not isinstance(known, UserError):
+                known = [*known, settings, config.lrs, config.weight_decays, config.best_on_test, placement.precision]
+            recipe_of[Cell(model_name, set_name, known)] = recipe
 
     def run(cell: Cell) -> dict[str, Any]:
         recipe = recipe_of[cell]
@@ -348,6 +352,11 @@ class Material:
 def content_hash(pictures: Sequence[Picture]) -> str:
     """Of pictures by content and label, in their order."""
     return hashlib.sha256("".join(f"{p.digest} {p.label}\n" for p in pictures).encode()).hexdigest()
+
+
+def split_content(data: LabelledData, *splits: str) -> str:
+    """`content_hash` of these splits as they lie there now: what is in a ledger is of the same pictures and labels, or runs again."""
+    return content_hash([picture for split in splits for picture in read_split(data, split)])
 
 
 # ------------------------------------------------------------------------------------------------------------ judgement

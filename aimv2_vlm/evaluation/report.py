@@ -33,6 +33,7 @@ from aimv2_vlm.evaluation.findings import (
     choose_samples,
     control_scores,
     finite,
+    further_scores,
     height_bins,
     read_json,
     read_pictures,
@@ -261,6 +262,23 @@ def _strip(row: Mapping[str, Any], controls: Mapping[str, float], style: int, to
     return "".join(parts) + marker(style, place(row["score"]), 10) + "</svg>"
 
 
+def _or(value: Any, otherwise: str) -> Any:
+    return otherwise if value is None else value
+
+
+def further_table(evaluation: Evaluation) -> str:
+    """What probes and zero-shot rows say beside their score; nothing without such rows."""
+    body = "".join(
+        f"<tr><th scope=row>{quoted(benchmark)}</th><td>{quoted(arm.label)}</td><td>{text('; '.join(words))}</td></tr>"
+        for (arm, benchmark, control), row in evaluation.cells.items() if control is None and (words := further_scores(row))
+    )
+    if not body:
+        return ""
+    note = ('<p class="note">The score above is that of the probe which a tenth of train chose. Best on test: the paper’s way, the best of the grid '
+            "as test itself tells, and so too high.</p>")
+    return "<h3>Further scores</h3>" + note + scrolled("further scores", table("plain", ("data set", "model", "scores"), body))
+
+
 def _about_benchmark(rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     about = [str(first.get("metric", "metric unknown"))]
@@ -287,7 +305,7 @@ def _result_row(evaluation: Evaluation, arm: Arm, benchmark: str, top: float) ->
         ("wrong picture", points(controls["wrong_picture"]) if "wrong_picture" in controls else "–"),
         ("most frequent", points(controls["majority"]) if "majority" in controls else "–"),
         ("uses the picture", used),
-        ("tokens a picture", text(row.get("tokens_per_picture", "–"))),
+        ("tokens a picture", text(_or(row.get("tokens_per_picture"), "–"))),
     )
     other_grid = " <i>(not the grid it was tuned with)</i>" if row.get("tiling_override") else ""
     strip = _strip(row, controls, evaluation.style(arm), top)
@@ -379,7 +397,7 @@ def results_section(evaluation: Evaluation) -> str:
         "distance between the two was learned from the picture."
     )
     if evaluation.arms:
-        body = results_table(evaluation) + attributes_table(evaluation) + comparisons_tables(evaluation)
+        body = results_table(evaluation) + further_table(evaluation) + attributes_table(evaluation) + comparisons_tables(evaluation)
     else:
         body = missing(evaluation.gaps[0] if evaluation.gaps else "the ledger has no finished cell")
     return section("results", "Scores with controls", how, body)
@@ -682,8 +700,8 @@ def evaluation_facts(evaluation: Evaluation) -> str:
         rows.append((arm.label, evaluation.any_cell(arm).get("model_path", "path unknown")))
     for benchmark in evaluation.benchmarks:
         row = next(row for (_, b, _), row in evaluation.cells.items() if b == benchmark)
-        prompt, data = row.get("prompt", "unknown"), str(row.get("data_hash", "unknown"))[:16]
-        rows.append((benchmark, f"first prompt “{prompt}”, data {data}"))
+        asked = f"first prompt “{row.get('prompt', 'unknown')}”, " if row.get("kind", "benchmarks") == "benchmarks" else ""
+        rows.append((benchmark, f"{asked}data {str(row.get('data_hash', 'unknown'))[:16]}"))
     rows += _versions(cells[-1].get("versions"))
     return f"<h3>evaluation</h3>{facts_table(rows)}"
 
@@ -791,9 +809,13 @@ def scores_in_markdown(title: str, evaluation: Evaluation, beside: Sequence[Besi
                 low_high = "" if not row.get("interval") else "{:.1f} to {:.1f}".format(*row["interval"])
                 shown = [arm.label, benchmark, row.get("split", ""), row.get("metric", ""), f"{row['score']:.1f}", low_high,
                          *("" if controls.get(name) is None else f"{controls[name]:.1f}" for name in ("blind", "wrong_picture", "majority")),
-                         row.get("num_questions", ""), row.get("tokens_per_picture", "")]
+                         row.get("num_questions", ""), _or(row.get("tokens_per_picture"), "")]
                 lines.append("| " + " | ".join(map(escape, shown)) + " |")
         lines.append("")
+    further = [f"- {escape(arm.label)}, {escape(benchmark)}: {escape('; '.join(words))}" for (arm, benchmark, control), row in evaluation.cells.items()
+               if control is None and (words := further_scores(row))]
+    if further:
+        lines += ["## Further scores", "", *further, ""]
     if beside:
         lines += ["## Beside the paper", "", markdown(beside)]
     if gaps:

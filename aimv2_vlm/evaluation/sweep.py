@@ -21,10 +21,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,16 +83,23 @@ class Cell:
 
 
 def digest_checkpoint(path: str) -> str:
-    """Hash over the names and contents of a checkpoint's files; of a hub name, the name itself."""
+    """Hash over the names and contents of a checkpoint's files, those of an adapter beside it among them; of a hub name, the name itself."""
+    from aimv2_vlm.models.adapters import ADAPTER
+
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return f"hub:{path}"
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt"):
+    for file in [*sorted(folder.iterdir()), *sorted(folder.glob(f"{ADAPTER}/*"))]:
+        if file.is_file() and file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"):
             with open(file, "rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+                digest.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def is_missing(path: str) -> bool:
+    """Whether a checkpoint's path neither exists nor is a name on the hub: what is there now cannot be told from what was."""
+    return not Path(path).expanduser().exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1)
 
 
 def _models(config: Any) -> list[Model]:
@@ -146,7 +154,7 @@ def read_ledger(path: str | Path, repair: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -176,7 +184,7 @@ def _joined(out: Path, config: Any) -> Iterator[None]:
                 lock.truncate(0)
                 lock.write(words)
                 lock.flush()
-                shutil.rmtree(out / "work" / "failed", ignore_errors=True)  # what failed is tried again
+                _try_again(out)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 break
             with contextlib.suppress(OSError):
@@ -189,6 +197,30 @@ def _joined(out: Path, config: Any) -> Iterator[None]:
                 raise UserError(f"{out}: another process is evaluating another config into this folder; choose another out=")
             time.sleep(0.05)
         yield
+
+
+def _try_again(out: Path) -> None:
+    """What failed before this sweep: its marks go, cells with errors are marked as open, stored answers with errors are forgotten."""
+    shutil.rmtree(out / "work" / "failed", ignore_errors=True)
+    for row in read_ledger(out / "ledger.jsonl"):
+        if not row.get("complete", True):
+            mark = out / "work" / "again" / row["key"]
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    for unit in (out / "work" / "answers").glob("*/*.json"):
+        if any(answer["error"] is not None for answer in json.loads(unit.read_text(encoding="utf-8"))["answers"]):
+            unit.unlink()
+
+
+def _clean_up(out: Path) -> None:
+    """Removes what only a running sweep needs; a cell with errors keeps its good answers for the same command."""
+    incomplete = {row["key"] for row in read_ledger(out / "ledger.jsonl") if not row.get("complete", True)}
+    for entry in [*(out / "work").glob("*"), *(out / "work" / "answers").glob("*")]:
+        if entry.name != "answers" and not (entry.parent.name == "answers" and entry.name.partition("_")[0] in incomplete):
+            shutil.rmtree(entry, ignore_errors=True)
+    for folder in (out / "work" / "answers", out / "work"):
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -301,16 +333,16 @@ def run_sweep(config: Any, progress: Progress | None = None) -> int:
     for key in ("out", "models", "benchmarks", "benchmark_root"):
         if not getattr(config, key):
             raise UserError(f"{key}: empty; an evaluation needs models, benchmarks, their folder and where to write")
-    for key in ("unit", "processes"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}: {getattr(config, key)} must be at least 1")
+    for key, least in (("unit", 1), ("processes", 1), ("limit", 1), ("checked", 0)):
+        if (value := getattr(config, key)) is not None and value < least:
+            raise UserError(f"{key}: {value} must be at least {least}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _launcher_hidden() as device, _helpers(config):
         with _joined(out, config):
             status = _run_joined(config, device, out, progress)
         with contextlib.suppress(UserError), _locked(out):  # the last one cleans up
-            shutil.rmtree(out / "work", ignore_errors=True)
+            _clean_up(out)
     return status
 
 
@@ -342,6 +374,7 @@ def _helpers(config: Any) -> Iterator[None]:
 def _help(config: Any, rank: int, num_threads: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(num_threads)
@@ -385,16 +418,17 @@ def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) 
         if isinstance(found, Benchmark):
             benchmarks.append(found)
         else:
-            failures += [_failure(model.name, name, control, found) for model in models for control in _arms(config)]
+            failures += [failure(model.name, name, control, found) for model in models for control in _arms(config)]
             progress(f"failed: {name}: {found}")
-    cells = [
+    listed = [
         Cell(model, benchmark, control, _key(model, benchmark, control, settings, training.digest))
         for model in models
         for benchmark in benchmarks
         for control in _arms(config, benchmark)
     ]
+    cells = list({cell.key: cell for cell in listed}.values())  # a set and one of its members may both be named
     with _exclusive(out / ".ledger.lock"):
-        done = _current_rows(ledger, cells)
+        done = _finished(out, _current_rows(ledger, cells, settings, training.digest))
     open_cells = [cell for cell in cells if cell.key not in done]
     progress(f"sweep: {len(cells)} cells, {len(cells) - len(open_cells)} finished before, {len(open_cells)} to run")
     order = {cell.key: number for number, cell in enumerate(cells)}
@@ -405,14 +439,14 @@ def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) 
             mine = [cell for cell in found if cell.model == model]
             if mine:
                 _run_model(config, settings, training, mine, device, out, order, progress)
-        done = {row["key"]: row for row in read_ledger(ledger)}
+        done = _finished(out, read_ledger(ledger))
         open_cells = [cell for cell in open_cells if cell.key not in done and not (marks / cell.key).is_file()]
         if open_cells and not found:  # the rest is in the hands of other processes: until they are done or dead
             time.sleep(0.2)
     failed = [marks / cell.key for cell in cells if cell.key not in done and (marks / cell.key).is_file()]
     failures += [json.loads(mark.read_text(encoding="utf-8")) for mark in failed]
     with _exclusive(out / ".ledger.lock"):
-        _write_rows(out / "failed.jsonl", failures)
+        write_rows(out / "failed.jsonl", failures)
 
     incomplete = [cell for cell in cells if cell.key in done and not done[cell.key]["complete"]]
     for cell in incomplete:
@@ -420,6 +454,8 @@ def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) 
         progress(f"incomplete: {cell.label}: {row['num_errors']} questions without an answer; the first: {row.get('first_error')}")
     if failures:
         progress(f"sweep: {len(failures)} cells failed, see {out / 'failed.jsonl'}; the same command tries them again")
+    elif incomplete:
+        progress(f"sweep: {len(incomplete)} of {len(cells)} cells in {ledger} are incomplete; the same command asks what has no answer again")
     else:
         progress(f"sweep: finished, {len(cells)} cells in {ledger}")
     return int(bool(failures or incomplete))
@@ -433,23 +469,35 @@ def _publish(out: Path, row: Mapping[str, Any], samples: list[dict[str, Any]], o
     """Puts a finished cell into the ledger at its place; False where another process has done so."""
     with _exclusive(out / ".ledger.lock"):
         rows = read_ledger(out / "ledger.jsonl", repair=True)
-        if any(other["key"] == row["key"] for other in rows):
+        if row["key"] in _finished(out, rows):
             return False
-        _write_rows(out / row["samples"], samples)
-        rows = sorted([*rows, row], key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
-        _write_rows(out / "ledger.jsonl", rows)
+        write_rows(out / row["samples"], samples)
+        rows = [*(other for other in rows if other["key"] != row["key"]), row]
+        rows.sort(key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
+        write_rows(out / "ledger.jsonl", rows)
+        (out / "work" / "again" / row["key"]).unlink(missing_ok=True)
         return True
 
 
-def _current_rows(ledger: Path, cells: list[Cell]) -> dict[str, dict[str, Any]]:
-    """Ledger rows by key. Rows of these cells from another checkpoint, data or setting are taken out of the ledger:
-    beside their successors they would only be mistaken for them."""
+def _finished(out: Path, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Ledger rows by key, without those that this sweep still has to try again."""
+    return {row["key"]: row for row in rows if row.get("complete", True) or not (out / "work" / "again" / row["key"]).is_file()}
+
+
+def _current_rows(ledger: Path, cells: list[Cell], settings: Mapping, training: str) -> list[dict[str, Any]]:
+    """Rows of the ledger. Those of these models and benchmarks, under whatever control, from another checkpoint, data or setting are
+    taken out: beside their successors they would only be mistaken for them. A model that is not there keeps its rows."""
     rows = read_ledger(ledger, repair=True)
-    keys = {(cell.model.name, cell.benchmark.name, cell.control): cell.key for cell in cells}
-    kept = [row for row in rows if keys.get((row["model"], row["benchmark"], row["control"]), row["key"]) == row["key"]]
+    arms = (None, *CONTROLS, *SHOT_CONTROLS)
+    keys: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        if not is_missing(cell.model.path):
+            place = cell.model.name, cell.benchmark.name
+            keys[place] = keys.get(place) or {_key(cell.model, cell.benchmark, arm, settings, training) for arm in arms}
+    kept = [row for row in rows if row["key"] in keys.get((row["model"], row["benchmark"]), (row["key"],))]
     if len(kept) < len(rows):
-        _write_rows(ledger, kept)
-    return {row["key"]: row for row in kept}
+        write_rows(ledger, kept)
+    return kept
 
 
 def _arms(config: Any, benchmark: Benchmark | None = None) -> list[str | None]:
@@ -458,7 +506,8 @@ def _arms(config: Any, benchmark: Benchmark | None = None) -> list[str | None]:
     return [None, *(config.shot_controls if benchmark is not None and benchmark.shots else config.controls)]
 
 
-def _failure(model: str, benchmark: str, control: str | None, error: BaseException) -> dict[str, Any]:
+def failure(model: str, benchmark: str, control: str | None, error: BaseException) -> dict[str, Any]:
+    """A row of `failed.jsonl`."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return {"model": model, "benchmark": benchmark, "control": control, "reason": reason}
 
@@ -472,7 +521,7 @@ def _convert_once(jsonl: Path, folder: Path, progress: Progress) -> None:
         return
     progress(f"convert: {jsonl} -> {folder}")
     convert_val_jsonl(jsonl, folder)
-    _write_rows(mark, [{"file": str(jsonl), "sha256": digest}])
+    write_rows(mark, [{"file": str(jsonl), "sha256": digest}])
 
 
 def _run_model(
@@ -492,7 +541,7 @@ def _run_model(
     def failed(cell: Cell, error: Exception) -> None:
         mark = out / "work" / "failed" / cell.key
         with _exclusive(out / ".ledger.lock"):
-            _write_rows(mark, [_failure(model.name, cell.benchmark.name, cell.control, error)])
+            write_rows(mark, [failure(model.name, cell.benchmark.name, cell.control, error)])
 
     model = cells[0].model
     try:
@@ -511,7 +560,8 @@ def _run_model(
         except AnsweredElsewhere:
             continue
         except Exception as error:  # a cell must not end the others; its reason is kept
-            progress(f"failed: {cell.label}: {type(error).__name__}: {error}")
+            reason = failure(model.name, cell.benchmark.name, cell.control, error)["reason"]
+            progress(f"failed: {cell.label}: {'' if isinstance(error, UserError) else type(error).__name__ + ': '}{reason}")
             failed(cell, error)
             continue
         if not _publish(out, row, samples, order):
@@ -586,6 +636,7 @@ def _run_cell(
         "ties": sum(check["tie"] for check in assistant.checks.values()),
         "num_other_form": num_other_form,
         "prompt": prompts[0],
+        "prompt_suffix": benchmark.prompt_suffix,
         "prompt_hash": hashlib.sha256(json.dumps([template, prompts]).encode()).hexdigest()[:16],
         "majority_score": None if majority_scores is None else round(benchmark_score(benchmark.metric, majority_scores, rows), 4),
         "data": str(benchmark.folder),

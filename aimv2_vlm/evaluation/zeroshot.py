@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from aimv2_vlm.data.captions import canonicalize, clean_caption
 from aimv2_vlm.data.labelled import LabelledDataset, Picture, file_digest, read_split
 from aimv2_vlm.data.recognition import find_data_set
 from aimv2_vlm.data.transforms import EvalTransform
-from aimv2_vlm.evaluation.cells import Cell, check_names, run_cells
+from aimv2_vlm.evaluation.cells import Cell, check_names, known_before, run_cells
 from aimv2_vlm.evaluation.metrics import bootstrap_interval
-from aimv2_vlm.evaluation.probing import content_hash
+from aimv2_vlm.evaluation.probing import content_hash, split_content
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
 from aimv2_vlm.models.assistant import image_statistics
 from aimv2_vlm.models.backbone import PROCESSOR_FILES, open_whole
@@ -40,6 +41,7 @@ from aimv2_vlm.train.objectives import Normalization
 CLASSES = {"aimv2": "Aimv2Model", "clip": "CLIPModel", "siglip": "SiglipModel"}  # by config.json's model_type
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model")
 RECALLS = (1, 5, 10)
+IDLE = ("train", "selection", "judged", "duplicates", "max_bad_fraction")  # keys of labelled pictures that a probe needs; here bad ones are counted
 
 
 class TwoTowers:
@@ -121,14 +123,19 @@ def evaluate(config: ZeroShotConfig, restart: bool = False) -> int:
     `<out>/samples/`; returns the exit status."""
     placement = Placement("single", config.precision)
     models, data_sets = check_names(config.models, config.data_sets, config.out)
+    for set_name, data in zip(data_sets, config.data_sets, strict=True):
+        if idle := [key for key in IDLE if getattr(data, key) != getattr(ZeroShotData(), key)]:
+            raise UserError(f"data_sets: {set_name}: {idle[0]} means nothing where nothing is trained; remove it")
     given = {}
+    contents = {name: cache(partial(_content, data)) for name, data in zip(data_sets, config.data_sets, strict=True)}
     for model_name, model in zip(models, config.models, strict=True):
         for set_name, data in zip(data_sets, config.data_sets, strict=True):
             templates = read_templates(config.templates if data.templates is None else data.templates)
             files = [file_digest(Path(name)) for name in (data.class_names, data.captions) if name]
-            depends = [digest_checkpoint(model.path), model.canonicalize, recipes.to_dict(data), templates, files, config.crop_fraction,
-                       config.seed, placement.precision]
-            given[Cell(model_name, set_name, depends)] = (model, data, templates)
+            known = known_before(model.path, contents[set_name])
+            if not isinstance(known, UserError):
+                known = [*known, model.canonicalize, recipes.to_dict(data), templates, files, config.crop_fraction, config.seed, placement.precision]
+            given[Cell(model_name, set_name, known)] = (model, data, templates)
     opened: dict[str, TwoTowers] = {}  # one model at a time
 
     def run(cell: Cell) -> dict[str, Any]:
@@ -145,6 +152,10 @@ def evaluate(config: ZeroShotConfig, restart: bool = False) -> int:
 
     with storage_errors(config.out):
         return run_cells(config.out, list(given), run, placement, restart)
+
+
+def _content(data: ZeroShotData) -> str:
+    return content_hash(read_captions(data)[0]) if data.captions else split_content(data, data.test)
 
 
 def _about(towers: TwoTowers, model: ZeroShotModel, data: ZeroShotData, config: ZeroShotConfig) -> dict[str, Any]:
