@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: %(default)s)")
     chat.add_argument("--web", action="store_true", help="serve a page instead (needs the extra [web])")
     chat.add_argument("--port", type=int, default=None, help="port of the page (default: the first free one from 7860)")
-    chat.add_argument("--host", default="127.0.0.1", help="address the page is served at (default: this machine only, %(default)s)")
+    chat.add_argument("--host", default=None, help="address the page is served at (default: this machine only, 127.0.0.1)")
     return parser
 
 
@@ -186,6 +186,8 @@ def run(arguments: argparse.Namespace) -> int:
         from aimv2_vlm.serve.web import serve
 
         return serve(arguments.model, arguments.image, arguments.max_new_tokens, arguments.host, arguments.port)
+    if arguments.host is not None or arguments.port is not None:
+        raise UserError("--host and --port: belong to the page; add --web")
     from aimv2_vlm.serve.chat import chat
 
     return chat(arguments.model, arguments.image, arguments.max_new_tokens)

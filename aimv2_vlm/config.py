@@ -26,6 +26,11 @@ def choices(default: str, *allowed: str) -> Any:
     return field(default=default, metadata={"choices": allowed})
 
 
+def bounded(default: float | None, at_least: float | None = None, above: float | None = None, below: float | None = None) -> Any:
+    """A number within these bounds (of a list: each of its numbers), checked when a recipe is read."""
+    return field(default=default, metadata={"bounds": (at_least, above, below)})
+
+
 # ------------------------------------------------------------------------------------------------ shared by training runs
 
 
@@ -34,29 +39,29 @@ class Cooldown:
     """A run that goes on from another run's checkpoint while its learning rate falls linearly to `min_lr` (section 3.1)."""
 
     checkpoint: str | None = None  # <run>/checkpoints/step_…; the run must have this recipe
-    fraction: float = 0.2  # of the steps made until that checkpoint
-    min_lr: float = 1e-6
+    fraction: float = bounded(0.2, above=0)  # of the steps made until that checkpoint
+    min_lr: float = bounded(1e-6, at_least=0)
 
 
 @dataclass
 class Optimizer:
     """AdamW with a warm-up and a schedule; `weight_decay` means what the recipe's paper table means (see `decoupled`)."""
 
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup_lr: float = 1e-6
-    warmup_steps: int = 12_500
+    lr: float = bounded(1e-3, above=0)
+    min_lr: float = bounded(1e-5, at_least=0)
+    warmup_lr: float = bounded(1e-6, at_least=0)
+    warmup_steps: int = bounded(12_500, at_least=0)
     schedule: str = choices("cosine", "cosine", "half_cosine", "constant")  # half_cosine ends at (lr + min_lr) / 2
     cooldown: Cooldown = field(default_factory=Cooldown)
-    steps: int = 1_500_000
-    epochs: float | None = None  # instead of `steps`: passes over the data
-    batch_size: int = 8192  # samples of one optimizer step, over all processes
-    micro_batch_size: int = 64  # samples of one forward pass of one process (0: its whole share); never changes the gradient
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
+    steps: int = bounded(1_500_000, at_least=1)
+    epochs: float | None = bounded(None, above=0)  # instead of `steps`: passes over the data
+    batch_size: int = bounded(8192, at_least=1)  # samples of one optimizer step, over all processes
+    micro_batch_size: int = bounded(64, at_least=0)  # samples of one forward pass of one process (0: its whole share); never changes the gradient
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"bounds": (0, None, 1), "length": 2})
+    eps: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(1e-4, at_least=0)
     decoupled: bool = True  # decay = weight_decay * lr_t / lr_peak (Table A1); false: torch's lr_t * weight_decay (C1)
-    clip: float = 1.0
+    clip: float = bounded(1.0, at_least=0)
     states: str = choices("fp32", "fp32", "8bit")  # AdamW's moments; 8bit: block-wise (bitsandbytes), 2 bytes a parameter instead of 8
 
 
@@ -65,16 +70,16 @@ class Loop:
     """How the one training loop runs; nothing here changes what is computed."""
 
     strategy: str = choices("auto", *STRATEGIES)
-    num_workers: int = 2  # processes that read and decode; any number gives the same samples
-    log_every: int = 10
-    validate_every: int = 1000
-    save_every: int = 1000
-    keep_last: int = 2
+    num_workers: int = bounded(2, at_least=0)  # processes that read and decode; any number gives the same samples
+    log_every: int = bounded(10, at_least=1)
+    validate_every: int = bounded(1000, at_least=1)
+    save_every: int = bounded(1000, at_least=1)
+    keep_last: int = bounded(2, at_least=1)
     keep_steps: list[int] = field(default_factory=list)  # a checkpoint is written at these steps and kept beside the last ones
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     compile: bool = False  # torch.compile of the model; worth its minutes on a GPU
-    peak_tflops: float | None = None  # what `share of peak` is a share of; null: the matrix product's rate measured at start
-    stop_after: int | None = None  # leave (with a checkpoint) after this many steps of the run; the schedule stays
+    peak_tflops: float | None = bounded(None, above=0)  # what `share of peak` is a share of; null: the matrix product's rate measured at start
+    stop_after: int | None = bounded(None, at_least=1)  # leave (with a checkpoint) after this many steps of the run; the schedule stays
     memory_check: str = choices("auto", "auto", "off")  # of tuning: estimate a step's memory before the start, refuse what cannot fit
 
 
@@ -110,7 +115,7 @@ class PairData:
     sources: list[PairSource] = field(default_factory=list)
     validation: list[PairSource] = field(default_factory=list)
     validation_samples: int = 512
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = bounded(0.01, at_least=0)
     window_shards: int = 16  # samples are shuffled inside a moving window of this many shards
     changed: str = choices("refuse", "refuse", "restart", "append")
     shard_cache: str | None = None  # folder of local copies of remote shards (s3://, https://, …); null: in the user's cache
@@ -246,9 +251,9 @@ class ConversationSource:
 @dataclass
 class ConversationData:
     sources: list[ConversationSource] = field(default_factory=list)
-    max_length: int = 2048  # tokens of one row; longer ones are cut at a turn boundary (documents: between pieces) and counted
-    tokens_per_microbatch: int = 8192  # most tokens of rows that are computed together; never changes the gradient
-    max_bad_fraction: float = 0.01
+    max_length: int = bounded(2048, at_least=1)  # tokens of one row; longer ones are cut at a turn boundary (documents: between pieces) and counted
+    tokens_per_microbatch: int = bounded(8192, at_least=1)  # most tokens of rows that are computed together; never changes the gradient
+    max_bad_fraction: float = bounded(0.01, at_least=0)
 
 
 @dataclass
@@ -257,13 +262,13 @@ class FrozenEncoder:
 
     path: str = ""
     kind: str = choices("auto", "auto", "aimv2", "clip", "dfn_clip", "siglip", "dinov2", "dinov2_registers", "mae")  # auto: by config.json
-    image_size: int | None = None  # null: the checkpoint's own
+    image_size: int | None = bounded(None, at_least=1)  # null: the checkpoint's own
     layer: int | None = None  # null: the last one, normalised; else as that block left them: 0 the embeddings, -1 the last block, -2 the one before
     tokens: str = choices("all", "all", "patches")  # patches: without CLS and registers
     attention: str = choices("sdpa", "sdpa", "eager")
     cache: str = choices("auto", "auto", "on", "off")
-    cache_limit_gb: float = 3.0  # `auto` does without a cache above this size
-    batch_size: int = 64  # views of one frozen forward pass
+    cache_limit_gb: float = bounded(3.0, at_least=0)  # `auto` does without a cache above this size
+    batch_size: int = bounded(64, at_least=1)  # views of one frozen forward pass
 
 
 @dataclass
@@ -272,13 +277,13 @@ class LanguageModel:
 
     path: str | None = None
     template: str = choices("llama3", "llama3", "vicuna", "plain", "own")
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # null: as many as num_heads
-    max_positions: int = 2048
+    vocab_size: int = bounded(2048, at_least=1)
+    hidden_size: int = bounded(256, at_least=1)
+    intermediate_size: int = bounded(688, at_least=1)
+    num_layers: int = bounded(4, at_least=1)
+    num_heads: int = bounded(4, at_least=1)
+    num_kv_heads: int | None = bounded(None, at_least=1)  # null: as many as num_heads
+    max_positions: int = bounded(2048, at_least=1)
     attention: str = choices("sdpa", "sdpa", "eager")
     quantization: str = choices("none", "none", "nf4", "int8")  # how the linear layers of its blocks are stored (bitsandbytes); they are frozen then
     double_quantization: bool = True  # of nf4: the scales of its blocks are quantised too (0.37 bit a weight less)
@@ -289,10 +294,10 @@ class Adapter:
     """Low-rank adapters of the decoder: `trainable: [llm]` then trains them and nothing else of it. Default sizes are LLaVA's."""
 
     kind: str = choices("none", "none", "lora", "dora")
-    rank: int = 128
-    alpha: int = 256  # the adapter's product is scaled by alpha / rank
+    rank: int = bounded(128, at_least=1)
+    alpha: int = bounded(256, at_least=1)  # the adapter's product is scaled by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead
-    dropout: float = 0.0  # on the adapter's input
+    dropout: float = bounded(0.0, at_least=0, below=1)  # on the adapter's input
     targets: list[str] = field(default_factory=list)  # e.g. [q_proj, v_proj]; empty: all linear layers of the decoder's blocks
     merge: bool = True  # final/ holds base + adapter as ordinary weights; false: base, and final/adapter/ beside it
     path: str | None = None  # an adapter to start from: final/adapter of a run with the same base
@@ -304,7 +309,7 @@ class Tiling:
 
     grid: str = "1x1"
     pad_square: bool = True
-    source_size: int | None = None  # control: pictures are first reduced to this many pixels (no new pixels in tiles)
+    source_size: int | None = bounded(None, at_least=1)  # control: pictures are first reduced to this many pixels (no new pixels in tiles)
 
 
 @dataclass
@@ -320,7 +325,7 @@ class SftRecipe:
     data: ConversationData = field(default_factory=ConversationData)
     trainable: list[str] = field(default_factory=lambda: ["connector", "llm"])
     connector_path: str | None = None  # a trained connector to start from: final/ of a run, or LLaVA's mm_projector.bin
-    connector_lr_scale: float = 8.0
+    connector_lr_scale: float = bounded(8.0, above=0)
     adapter: Adapter = field(default_factory=Adapter)
     optim: Optimizer = field(
         default_factory=lambda: Optimizer(

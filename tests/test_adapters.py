@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,6 +215,19 @@ def test_evaluation_and_chat_open_an_adapter_that_lies_apart(apart):
         torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=1e-5)
 
 
+def test_an_adapter_apart_is_neither_lost_in_conversion_nor_in_the_card(apart, tmp_path):
+    done = run_cli("convert", apart / "final", tmp_path / "llava", "--to", "llava", check=False)
+    assert done.returncode == 2 and "its adapter lies apart" in done.stderr and not (tmp_path / "llava").exists()
+    [code] = re.findall(r"```python\n(.*?)```", (apart / "final" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    from aimv2_vlm.evaluation.generation import load_assistant
+
+    told: dict = {}
+    with contextlib.chdir(apart / "final"):
+        exec(code, told)
+    merged, _ = load_assistant(apart / "final", "fp32", "cpu")
+    torch.testing.assert_close(told["model"].merge_and_unload().state_dict()[f"{Q_PROJ}.weight"], merged.state_dict()[f"{Q_PROJ}.weight"], atol=1e-6, rtol=1e-5)
+
+
 def test_a_stopped_adapter_run_goes_on_bit_for_bit(apart, scenes_root, tiny_encoder, tmp_path):
     """Frozen weights are quantised anew from the same base; dropout is a function of seed and step."""
     words = tuning(scenes_root, tiny_encoder, tmp_path / "b", *LORA, "llm.quantization=nf4", "adapter.dropout=0.2", "adapter.merge=false", "optim.lr=1e-2",
@@ -318,6 +333,7 @@ def test_8_bit_moments_come_back_bit_for_bit(scenes_root, tiny_encoder, tmp_path
     (dict(states="8bit"), "zero2", "optim.states: 8bit does not go with train.strategy: zero2"),
     (dict(states="8bit"), "fsdp2", "optim.states: 8bit does not go with train.strategy: fsdp2"),
     (dict(kind="dora"), "zero3", "adapter.kind: dora"),
+    (dict(kind="dora", quantization="int8"), "single", "adapter.kind: dora reads whole weights in every pass"),
     (dict(kind="lora", trainable=["connector"]), "single", "adapter.kind: lora trains the llm, but trainable .connector. does not"),
     (dict(path="x"), "single", "adapter.path: names an adapter to start from, but adapter.kind is none"),
     (dict(merge=False), "single", "adapter.merge: false"),

@@ -137,9 +137,22 @@ def test_all_text_is_learned_and_gives_no_special_token(formats, kind, document)
     assert [i for i in body if i in chat.special_ids] == [chat.image_token_id] * 3 * len(document.images)
     # Text after text: a placeholder before keeps sentencepiece from dropping the first space.
     anchor = [chat.image_token_id]
-    assert decode(chat, anchor + body) == chat.image_token + expected_text(chat, document.pieces, 3)
+    if document.pieces[0] is None:
+        assert decode(chat, anchor + body) == chat.image_token + expected_text(chat, document.pieces, 3)
+    else:
+        assert decode(chat, body) == expected_text(chat, document.pieces, 3)
     assert row.labels[0] == IGNORED
     assert row.labels[1:] == [IGNORED if i == chat.image_token_id else i for i in row.ids[1:]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_without_pictures_begins_as_a_text_does_at_inference(formats, kind):
+    """Behind BOS alone sentencepiece puts a space in front of the first word; behind a picture it does not."""
+    chat, _ = formats[kind]
+    text = "One two, three."
+    row = chat.assemble_document(Document("", (), (text,)), [])
+    bos = [] if chat.tokenizer.bos_token_id is None else [chat.tokenizer.bos_token_id]
+    assert row.ids == [*bos, *chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.document_end_id]
 
 
 @pytest.mark.parametrize("kind", KINDS)

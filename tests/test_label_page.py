@@ -115,6 +115,12 @@ def test_tokenizer_template_and_tiles_come_from_the_recipe_or_are_said_to_be_mad
     assert "template llama3" in page.words and "grid 1x1" in page.words
 
 
+def test_keys_of_the_page_are_not_passed_over_without_it(talk):
+    path, folder = talk
+    done = run_cli("data", "check", path, "--images", folder, "--grid", "2x2", "--template", "vicuna", check=False)
+    assert done.returncode == 2 and "--template, --grid: say how --page is drawn" in done.stderr
+
+
 def test_documents_are_learned_but_for_their_pictures(talk, tmp_path):
     _, folder = talk
     path = tmp_path / "documents.jsonl"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from aimv2_vlm.data.chat import train_chat_tokenizer
 from aimv2_vlm.data.shards import ShardSet
@@ -148,6 +150,16 @@ def test_a_second_call_goes_on_shard_by_shard(assistant, shards, tmp_path, monke
     assert [name for name, _ in read_tar(out / "00001.tar")][:1] == ["k0.png"]
     caption(assistant, shards, out)
     assert [name for name, _ in read_tar(out / "00001.tar")] == ["new.png", "new.json"]
+
+
+def test_a_model_that_was_trained_on_does_not_go_on_with_anothers_captions(assistant, shards, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(assistant, model)
+    caption(model, shards / "00001.tar", tmp_path / "new")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    refused = caption(model, shards, tmp_path / "new", check=False)
+    assert refused.returncode == 2 and "was begun with other settings (weights is" in refused.stderr
 
 
 def test_what_cannot_be_meant_is_refused_in_one_line(assistant, shards, tmp_path):

@@ -105,6 +105,11 @@ def test_overrides_reach_into_lists_and_can_set_null(tmp_path):
     ("base: r.yaml\n", [], ["back to itself"]),
     ("seed: 1\n", ["optim.lr"], ["key=value"]),
     ("seed: 1\n", ["optim=1"], ["optim", "mapping"]),
+    ("optim: {lr: 0}\n", [], ["optim.lr", "above 0"]),
+    ("optim: {batch_size: -4}\n", [], ["optim.batch_size", "at least 1", "-4"]),
+    ("optim: {betas: [0.9]}\n", [], ["optim.betas", "2 numbers"]),
+    ("optim: {betas: [0.9, 1]}\n", [], ["optim.betas", "below 1"]),
+    ("train: {log_every: 0}\n", [], ["train.log_every", "at least 1"]),
 ])
 def test_wrong_recipes_are_refused_naming_file_and_key(tmp_path, text, overrides, words):
     with pytest.raises(UserError) as error:

@@ -215,7 +215,7 @@ class ChatFormat:
             ids, counts = list(bos), iter(num_image_tokens)
             for is_text, run in groupby(document.pieces[:num_pieces], key=lambda piece: piece is not None):
                 if is_text:
-                    ids += (self._later if ids else self._first)("".join(run))
+                    ids += (self._later if len(ids) > len(bos) else self._first)("".join(run))
                 else:
                     ids += [self.image_token_id] * sum(next(counts) for _ in run)
             return ids

@@ -23,8 +23,9 @@ from aimv2_vlm.data.chat import IGNORED, Assembled, ChatFormat, RowTooLong, Temp
 from aimv2_vlm.data.conversations import Conversation, ConversationSet
 from aimv2_vlm.data.interleaved import Document
 from aimv2_vlm.data.packing import pack_rows
+from aimv2_vlm.data.shards import too_many_bytes
 from aimv2_vlm.data.tiling import Tiling, cut_views, only_normalizes, picture_views
-from aimv2_vlm.data.transforms import BadImage, decode_image, normalize, read_header
+from aimv2_vlm.data.transforms import MAX_BYTES, BadImage, decode_image, normalize, read_header
 
 CACHE_VERSION = 3
 
@@ -190,10 +191,20 @@ class InstructionDataset:
 def read_size(path: str) -> tuple[int, int]:
     """(height, width) of a picture file from its header, before any rotation that it asks for. Raises BadImage."""
     try:
-        header = read_header(Path(path).read_bytes())
-    except (OSError, ValueError, BadImage) as error:
+        header = read_header(_read_file(path))
+    except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
     return header.height, header.width
+
+
+def _read_file(path: str) -> bytes:
+    """A picture file's bytes; none of them where they are more than any picture may have. Raises BadImage."""
+    try:
+        if (size := os.stat(path).st_size) > MAX_BYTES:
+            raise BadImage(too_many_bytes(size, MAX_BYTES))
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadImage(str(error)) from None
 
 
 def read_views(
@@ -205,11 +216,7 @@ def read_views(
     than that.
     """
     try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise BadImage(f"{path}: {error}") from None
-    try:
-        picture_CHW = decode_image(data)
+        picture_CHW = decode_image(_read_file(path))
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
     size = tuple(picture_CHW.shape[-2:])

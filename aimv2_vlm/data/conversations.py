@@ -325,7 +325,7 @@ class SourceLike(Protocol):
 
 
 class _Source:
-    """One file: its rows, a verdict for each, and which of the good ones are taken."""
+    """One file: its rows, a verdict for each, which of the good ones are taken, and the file's `sha256`."""
 
     def __init__(self, source: SourceLike, seed: int, cache_dir: str | None) -> None:
         self.path, self.root, self.take = str(source.path), str(source.images or ""), source.take or "all"
@@ -396,8 +396,9 @@ class _Source:
         place = _index_path(self.path, cache_dir)
         try:
             with safe_open(place, framework="np") as index:
-                spans, verdicts = index.get_tensor("spans"), index.get_tensor("verdicts")
-                if index.metadata() == key and _fits(spans, verdicts, status.st_size):
+                spans, verdicts, stored = index.get_tensor("spans"), index.get_tensor("verdicts"), index.metadata() or {}
+                self.sha256 = stored.pop("sha256", "")
+                if stored == key and self.sha256 and _fits(spans, verdicts, status.st_size):
                     self.rows = _open_rows(self.path, self.format, spans)
                     again = np.flatnonzero(np.isin(verdicts, [_CODE["missing_picture"], _CODE["outside_image_folder"]]))
                     verdicts[again] = _judge_all(self.rows, self.format, self.folder, again.tolist())
@@ -406,7 +407,9 @@ class _Source:
             pass  # no index yet, or a broken one: it is made again
         self.rows = _open_rows(self.path, self.format)
         verdicts = self._judge_everything()
-        _write_index(place, self.rows.spans, verdicts, key)
+        with open(self.path, "rb") as file:  # here, so that nobody who opens it later reads gigabytes for it
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        _write_index(place, self.rows.spans, verdicts, key | {"sha256": self.sha256})
         return self.rows, verdicts
 
     def _judge_everything(self) -> np.ndarray:
@@ -582,6 +585,16 @@ class ConversationSet:
         """File and row, for messages."""
         source, row = self._locate(index)
         return f"{source.path}: row {row}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the rows depend on: how many there are, each file by its content, and which of its rows are taken."""
+        return {
+            "rows": len(self),
+            "sources": {source.path: f"{source.take} {source.sha256}" for source in self.sources},
+            "rows_taken": {
+                f"{number} {source.path}": hashlib.sha256(source.taken.astype("<i8").tobytes()).hexdigest()[:16] for number, source in enumerate(self.sources)
+            },
+        }
 
     def rejections(self) -> Iterator[tuple[str, Rejection]]:
         """(path, rejection) of every row that is left out."""

@@ -36,6 +36,9 @@ def pack(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Count and validate shards or conversation files; exit status 1 when too many rows are bad or `--expect` is not met."""
+    for_page = [f"--{name}" for name in ("llm", "recipe", "template", "grid") if getattr(arguments, name) is not None]
+    if for_page and not arguments.page:
+        raise UserError(f"{', '.join(for_page)}: say how --page is drawn; add --page FILE")
     if _are_conversations(arguments.paths):
         return check_conversations(arguments)
     if arguments.page:

@@ -20,6 +20,7 @@ from typing import Any
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.shards import atomic_file, expand_pattern, scan_shard, write_json
 from aimv2_vlm.evaluation.generation import Generator, Picture, Question, load_assistant
+from aimv2_vlm.models.checkpoints import weights_digest
 
 ABOUT = "recaption.json"
 
@@ -43,7 +44,7 @@ def recaption(
         raise UserError(f"{shards}: two shards have one name; caption them into two folders")
     if not field or not prompt.strip():
         raise UserError("--field and --prompt: must not be empty")
-    settings = {"model": model, "prompt": prompt, "field": field, "max_new_tokens": max_new_tokens, "precision": precision, "decoding": "greedy"}
+    settings = {"model": model, "weights": weights_digest(model), "prompt": prompt, "field": field, "max_new_tokens": max_new_tokens, "precision": precision, "decoding": "greedy"}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(out / ABOUT, settings)
     finished = {path: _finished(path, out) for path in paths}
@@ -145,7 +146,7 @@ def _check_settings(about: Path, settings: dict[str, Any]) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{about}: cannot be read; remove it and the shards beside it, or choose another folder") from None
-    changed = [f"{key} is {settings[key]!r}, was {old.get(key)!r}" for key in settings if settings[key] != old.get(key)]
+    changed = [f"{key} is {settings[key]!r}, was {old.get(key)!r}" for key in settings if settings[key] != old.get(key, settings[key])]
     if changed:
         raise UserError(f"{about.parent}: was begun with other settings ({'; '.join(changed)}); choose another folder")
 

@@ -412,6 +412,8 @@ def _open_tokenizer(tokenizer: Any) -> Any:
 def _open_llm(llm: Any, config: dict | None, tokenizer: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    from aimv2_vlm.models.backbone import open_whole
+
     if isinstance(llm, nn.Module):
         return llm.to(dtype)
     if llm is None:
@@ -427,9 +429,9 @@ def _open_llm(llm: Any, config: dict | None, tokenizer: Any, attention: str, dty
         made._attn_implementation = attention
         return LlamaForCausalLM(made).to(dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
-        raise UserError(f"llm: {llm}: {str(error).strip().splitlines()[0]}") from None
+        return open_whole(AutoModelForCausalLM, llm, attention, dtype)
+    except UserError as error:
+        raise UserError(f"llm: {error}") from None
 
 
 def _grow_embeddings(llm: nn.Module, num_tokens: int) -> None:

@@ -172,15 +172,15 @@ def _load_stock(folder: Path, about: Kind, attention: str) -> nn.Module:
     return open_whole(getattr(transformers, about.model_class), folder, attention)
 
 
-def open_whole(model_class: type, folder: Path, attention: str = "sdpa") -> nn.Module:
-    """A stock model in float32, from safetensors alone; UserError where weights are missing (those of other towers may be there)."""
+def open_whole(model_class: type, folder: str | Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A stock model of a folder or hub name, from safetensors alone; UserError where weights are missing (those of other towers may be there)."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a table of every key of the other tower says nothing new
     try:
         model, found = model_class.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, attn_implementation=attention, output_loading_info=True)
+            folder, use_safetensors=True, dtype=dtype, attn_implementation=attention, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: cannot be opened as {model_class.__name__} ({str(error).strip().splitlines()[0]})") from None
     finally:

@@ -181,6 +181,9 @@ def convert_into(folder: Path, path: Path, layout: str, to: str, versions: dict[
         raise UserError(f"{path}: holds an {CONTENT} (layout {layout}), of which {to} cannot be made{already}")
     if not path.is_dir():
         raise UserError(f"{path}: an {CONTENT} is a folder with config.json and tokenizer; name that folder")
+    if (path / "adapter").is_dir():  # `adapters.ADAPTER`: the weights beside it are those of the base alone
+        raise UserError(f"{path}: its adapter lies apart in {path / 'adapter'}, for which {to} has no place; merge it first: "
+                        "aimv2_vlm.evaluation.generation.load_assistant opens it merged, save_pretrained writes that")
     state, config = checkpoints.read_safetensors(path)
     if not config:
         raise UserError(f"{path}: has no config.json, without which an {CONTENT} cannot be read")

@@ -225,6 +225,8 @@ def chat(model_path: str, image: str | None = None, max_new_tokens: int = 256) -
     """Read lines, stream answers: one process, one conversation. Raises UserError where it cannot begin."""
     model, session = Chat.open(model_path, max_new_tokens), Session()
     at_terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text in the terminal's encoding
     if at_terminal:
         import readline  # noqa: F401  makes input() edit lines
 

@@ -8,6 +8,7 @@ Question and picture come in one event, which the page sends when the upload is 
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -74,15 +75,18 @@ class Gate:
 
 
 def serve(
-    model_path: str, image: str | None = None, max_new_tokens: int = 256, host: str = LOOPBACK[0], port: int | None = None
+    model_path: str, image: str | None = None, max_new_tokens: int = 256, host: str | None = None, port: int | None = None
 ) -> int:
-    """Serve the page until interrupted. Raises UserError: extra not installed, no assistant, port taken."""
+    """Serve the page until interrupted, at this machine's loopback unless told otherwise. Raises UserError: extra not installed, no
+    assistant, port taken."""
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError('chat --web needs Gradio: pip install "aimv2-vlm[web]"') from None
     if port is not None and not 0 < port < 65536:
         raise UserError(f"--port {port}: ports are 1 to 65535")
+    host = host or LOOPBACK[0]
+    check_address(host, port)  # before a large model is loaded
     model, first = Chat.open(model_path, max_new_tokens), Session()
     picture = drawn(model, model.show(first, Path(image).expanduser())) if image else None
     page, address = launch(model, title_of(model_path), first, picture, host, port)
@@ -120,9 +124,22 @@ def launch(
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         )  # fmt: skip
     except OSError:
-        where = f"--host {host}" if port is None else f"--host {host} --port {port}"
-        raise UserError(f"chat: {where}: cannot serve there; the port is taken or the address is not this machine's") from None
+        raise _cannot_serve(host, port) from None
     return page, address
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raises UserError where nothing can be served at `host` (port None: at none of its ports), or `port` is taken there."""
+    try:
+        family, *_, place = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place[:2], family=family).close()
+    except OSError:
+        raise _cannot_serve(host, port) from None
+
+
+def _cannot_serve(host: str, port: int | None) -> UserError:
+    where = f"--host {host}" if port is None else f"--host {host} --port {port}"
+    return UserError(f"chat: {where}: cannot serve there; the port is taken or the address is not this machine's")
 
 
 def build_page(model: Chat, title: str, first: Session, picture: Image.Image | None = None) -> Any:

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,8 +22,10 @@ from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import UserError
 
 # Keys that never change what is computed, so a run may go on with other values.
-FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_microbatch", "out", "encoder.cache", "encoder.batch_size",
-             "adapter.merge")
+FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_microbatch", "data.max_bad_fraction", "data.changed", "out",
+             "encoder.cache", "encoder.batch_size", "adapter.merge")
+# What a run makes for its recipe before the first step; other keys would want others.
+PREPARED = ("tokenizer", "tokenizer.model", "clip_tokenizer", "metrics.jsonl")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
             "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes")
 
@@ -96,17 +98,23 @@ class RunDirectory:
         self._write_environment(resolved, world)
 
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self._remove(entry for entry in self.path.iterdir() if entry.name != ".lock")
+
+    @staticmethod
+    def _remove(entries: Iterable[Path]) -> None:
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
 
     def _check_recipe(self, resolved: Any) -> None:
+        """Refuse a recipe other than that of what was trained here. Before the first checkpoint there is nothing to protect: who
+        mends a key that was refused gives the same command again."""
         saved = self.path / "recipe.yaml"
-        if not saved.exists():
+        if not saved.exists() or not (changed := changed_keys(saved, resolved)):
             return
-        if changed := changed_keys(saved, resolved):
+        if self.finished or any(self.checkpoints.glob("step_*")):
             raise UserError(f"{saved}: the run was started with another recipe ({'; '.join(changed)}); "
                             "use the old values, another out=, or --restart to begin anew")
+        self._remove(self.path / name for name in PREPARED)
 
     def _write_environment(self, resolved: Any, world: int) -> None:
         facts = {"versions": versions(), "git_commit": git_commit(), "seed": resolved.seed, "world": world,

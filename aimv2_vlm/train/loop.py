@@ -77,7 +77,11 @@ class BadSamples:
         while sum(s for s, _ in self.window) - self.window[0][0] >= JUDGED_SAMPLES:
             self.window.popleft()
 
-    def check(self) -> None:
+    def check(self, ended: bool = False) -> None:
+        """Raises UserError where too many are bad; of a run that has `ended` also where every one is, however few they were."""
+        if ended and self.total == self.seen > 0:
+            raise UserError(f"data: every one of the {self.seen} samples of this run is bad, so nothing was learned (latest: "
+                            f"{self.named[-1] if self.named else 'unnamed'}); see data_report.json, mend the data and begin anew with --restart")
         judged, bad = sum(s for s, _ in self.window), sum(b for _, b in self.window)
         if self.seen >= FIRST_JUDGEMENT and bad > self.max_fraction * judged:
             raise UserError(
@@ -215,12 +219,14 @@ def train(
         differences = compare(state["fingerprint"], fingerprint)
         if differences and changed == "refuse":
             raise UserError(f"{path}: the data changed since this checkpoint ({'; '.join(differences)}); bring the old data back, "
-                            "or set data.changed=append, or begin anew with --restart")
+                            "or begin anew with --restart (pre-training also takes data.changed=append)")
         tensors = placement.state_tensors(model, optimizer)
         checkpoint.load(path, tensors, placement)
         placement.after_load(model, optimizer, tensors)
         step, samples, tokens, truncated = state["step"], state["samples"], state["tokens"], state.get("truncated", 0)
         bad.restore(state["bad"])
+        if step >= end:
+            bad.check(ended=True)
         if placement.is_main:
             say(f"{what}: going on from step {step} ({path})")
     log = MetricsLog(directory.path, step, loop.trackers) if placement.is_main else None
@@ -296,7 +302,7 @@ def train(
                         log.write({"step": step} | row)
                     progress.update(step, f"loss {row['loss']:.3f}, {speed}")
                 try:
-                    bad.check()
+                    bad.check(ended=last)
                 except UserError:
                     save("too many bad samples")
                     raise

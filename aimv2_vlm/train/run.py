@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -33,6 +32,7 @@ from aimv2_vlm.models.assistant import (
 )
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.backbone import load_backbone
+from aimv2_vlm.models.checkpoints import weights_digest
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
 from aimv2_vlm.models.llava_format import load_connector
@@ -67,6 +67,7 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     """Pre-train an encoder by `recipe` (paper section 2.1); returns the folder of the finished model (`final/`)."""
     check_pretraining(recipe)
     placement = Placement(recipe.train.strategy, recipe.precision)
+    check_states(recipe.optim, placement)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
         tokenizer, data, held_out = pair_data(recipe, directory, placement)
@@ -347,9 +348,9 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         train(
             directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
             micro_batches=steps, schedule=schedule, loop=recipe.train,
-            fingerprint=conversation_fingerprint(conversations, recipe), compare=recipes.differences,
+            fingerprint=conversation_fingerprint(conversations, recipe), compare=compare_conversations,
             max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
-            dropout_seed=recipe.seed if recipe.adapter.dropout else None,
+            dropout_seed=recipe.seed,  # of an adapter, and of a decoder that has some of its own
         )
         publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor, recipe=recipe))
     return close_run(directory, placement, "tuning")
@@ -405,13 +406,18 @@ def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.
 def check_tuning(recipe: SftRecipe, placement: Placement) -> None:
     """Raises UserError where keys about adapters and number formats do not go together, before anything is read or built.
 
-    The one place that names what goes with what: adapters with every strategy but DoRA with zero3; a quantised decoder and
-    8-bit states of the optimizer with one process and with ddp.
+    The one place that names what goes with what: adapters with every strategy but DoRA with zero3, and with every number format
+    but DoRA with int8; a quantised decoder and 8-bit states of the optimizer with one process and with ddp.
     """
-    adapter, quantization, strategy = recipe.adapter, recipe.llm.quantization, placement.strategy
+    adapter, llm, quantization, strategy = recipe.adapter, recipe.llm, recipe.llm.quantization, placement.strategy
+    replicated = strategy in REPLICATED
+    check_states(recipe.optim, placement)
     if recipe.train.compile:
         raise UserError("train.compile: true is for pre-training; micro-batches of tuning have a new length each time and would be compiled anew; write false")
-    replicated = strategy in ("single", "ddp")
+    if llm.path is None and llm.hidden_size % llm.num_heads:
+        raise UserError(f"llm.num_heads: {llm.num_heads} does not divide llm.hidden_size {llm.hidden_size}")
+    if llm.path is None and llm.num_heads % (llm.num_kv_heads or llm.num_heads):
+        raise UserError(f"llm.num_kv_heads: {llm.num_kv_heads} does not divide llm.num_heads {llm.num_heads}")
     if adapter.kind == "none" and adapter.path is not None:
         raise UserError("adapter.path: names an adapter to start from, but adapter.kind is none; write its kind, lora or dora")
     if adapter.kind != "none" and "llm" not in recipe.trainable:
@@ -424,10 +430,19 @@ def check_tuning(recipe: SftRecipe, placement: Placement) -> None:
         raise UserError(f"llm.quantization: {quantization} weights cannot be trained; add adapter.kind: lora, or take llm out of trainable")
     if quantization != "none" and not replicated:
         raise UserError(f"llm.quantization: {quantization} does not go with train.strategy: {strategy}, only with single and ddp; use one, or none")
-    if recipe.optim.states == "8bit" and not replicated:
-        raise UserError(f"optim.states: 8bit does not go with train.strategy: {strategy}, which shards them, only with single and ddp; write fp32")
     if adapter.kind == "dora" and strategy == "zero3":
         raise UserError("adapter.kind: dora reads whole weights, which train.strategy: zero3 holds apart; use lora, or fsdp2")
+    if adapter.kind == "dora" and quantization == "int8":
+        raise UserError("adapter.kind: dora reads whole weights in every pass, which llm.quantization: int8 does not stand on a CPU; use lora, or nf4")
+
+
+REPLICATED = ("single", "ddp")  # strategies whose processes have every weight and moment whole
+
+
+def check_states(optim: Optimizer, placement: Placement) -> None:
+    """Raises UserError where the strategy shards what `optim.states` cannot have sharded."""
+    if optim.states == "8bit" and placement.strategy not in REPLICATED:
+        raise UserError(f"optim.states: 8bit does not go with train.strategy: {placement.strategy}, which shards them, only with single and ddp; write fp32")
 
 
 def build_tunable(recipe: SftRecipe, tokenizer: Path | None, precision: str) -> tuple[torch.nn.Module, Any]:
@@ -449,7 +464,8 @@ def report_plan(recipe: SftRecipe, assistant: torch.nn.Module, placement: Placem
 
 
 def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
-    return min(recipe.data.max_length, assistant.config.text_config.max_position_embeddings)
+    """Most tokens of a row: the recipe's, or the decoder's positions where they are fewer."""
+    return min(recipe.data.max_length, getattr(assistant.config.text_config, "max_position_embeddings", recipe.data.max_length))
 
 
 def report_parts(counts: dict[str, int], placement: Placement) -> None:
@@ -504,13 +520,15 @@ class ConversationSteps:
 
 
 def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:
-    """What the rows of a run depend on: seed, files by content, how many rows of each."""
-    def digest(path: str) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    """What a run depends on besides its recipe: seed, rows (files by content), and the checkpoints of the parts that do not learn."""
+    frozen = {"encoder": recipe.encoder.path if "encoder" not in recipe.trainable else None,
+              "llm": recipe.llm.path if "llm" not in recipe.trainable or recipe.adapter.kind != "none" else None}
+    return {"seed": recipe.seed, **conversations.fingerprint(), "frozen": {part: weights_digest(path) for part, path in frozen.items() if path}}
 
-    return {"seed": recipe.seed, "rows": len(conversations),
-            "sources": {s.path: f"{s.take} {digest(s.path)}" for s in recipe.data.sources}}
+
+def compare_conversations(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed since a checkpoint, of what it knows of: an older one names less."""
+    return recipes.differences(old, {key: value for key, value in new.items() if key in old})
 
 
 def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any, recipe: SftRecipe) -> None:
