@@ -70,6 +70,7 @@ class Loop:
     """How the one training loop runs; nothing here changes what is computed."""
 
     strategy: str = choices("auto", *STRATEGIES)
+    offload: str = choices("none", "none", "optimizer")  # of zero2 and zero3: AdamW's states and the weights it steps lie in the host's memory
     num_workers: int = bounded(2, at_least=0)  # processes that read and decode; any number gives the same samples
     log_every: int = bounded(10, at_least=1)
     validate_every: int = bounded(1000, at_least=1)

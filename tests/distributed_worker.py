@@ -92,8 +92,8 @@ class Poisoned(GenerativeObjective):
 class Run:
     """A placed model and its optimizer."""
 
-    def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32"):
-        self.placement = Placement(strategy, precision)
+    def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32", offload: str = "none"):
+        self.placement = Placement(strategy, precision, offload)
         self.objective = GenerativeObjective(Objective(), PATCH, [0.5] * 3, [0.25] * 3)
         self.model, self.optimizer = self.placement.place(build_model(spoiled), make_optimizer)
 
@@ -203,6 +203,13 @@ def main() -> None:
             rows = resumed.steps(state["step"], arguments.steps, 3)
             if resumed.placement.is_main:
                 (arguments.out / f"{strategy}_from_{state['strategy']}.json").write_text(json.dumps(rows))
+            if strategy.startswith("zero"):
+                offloaded = Run(strategy, spoiled=True, offload="optimizer")
+                offloaded.load(arguments.out / f"half_{READS[strategy]}")
+                rows = offloaded.steps(HALF, HALF + 4, 3)
+                offloaded.save(arguments.out / f"offloaded_{strategy}", HALF + 4)
+                if offloaded.placement.is_main:
+                    (arguments.out / f"{strategy}_offloaded.json").write_text(json.dumps(rows))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -144,6 +144,23 @@ def test_strategy_goes_on_from_another(strategy, source, out, single) -> None:
     assert_same_curve(json.loads((out / f"{strategy}_from_{source}.json").read_text()), single.curve[worker.HALF :])
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_an_optimizer_in_the_hosts_memory_steps_the_same(strategy, out, single) -> None:
+    """It goes on from another strategy's checkpoint, and a single process from its."""
+    half = worker.HALF
+    assert_same_curve(json.loads((out / f"{strategy}_offloaded.json").read_text()), single.curve[half : half + 4])
+    run = worker.Run("single", spoiled=True)
+    run.load(out / f"offloaded_{strategy}")
+    assert_same_curve(run.steps(half + 4, half + 8, 4), single.curve[half + 4 : half + 8])
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+def test_offloading_is_refused_where_nothing_offloads(strategy, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1" if strategy == "single" else "2")
+    with pytest.raises(UserError, match="train.offload: optimizer goes with train.strategy: zero2 and zero3"):
+        Placement(strategy, offload="optimizer")
+
+
 def test_bf16_stays_near_fp32(result, single) -> None:
     for row, wanted in zip(result.bf16, single.curve, strict=False):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=2e-2)

@@ -45,15 +45,15 @@ class Placement:
     divided once), because DDP, FSDP2 and ZeRO average gradients over processes.
     """
 
-    def __new__(cls, strategy: str = "auto", precision: str = "auto") -> Placement:
+    def __new__(cls, strategy: str = "auto", precision: str = "auto", offload: str = "none") -> Placement:
         if strategy in ("zero2", "zero3"):
             from aimv2_vlm.train.zero import ZeroPlacement
 
             cls = ZeroPlacement
         return super().__new__(cls)
 
-    def __init__(self, strategy: str = "auto", precision: str = "auto"):
-        """Raises UserError where the strategy and the processes launched do not go together."""
+    def __init__(self, strategy: str = "auto", precision: str = "auto", offload: str = "none"):
+        """Raises UserError where the strategy, what it offloads and the processes launched do not go together."""
         from accelerate import Accelerator
 
         from aimv2_vlm.train import launch
@@ -73,7 +73,9 @@ class Placement:
             if os.environ.get(plugin, "false").lower() == "true":
                 raise UserError(f"train.strategy: {strategy}, but `accelerate launch` set {plugin}; launch with plain "
                                 "--multi_gpu or --multi_cpu, the recipe alone chooses the strategy")
-        self.strategy = strategy
+        if offload != "none" and not strategy.startswith("zero"):
+            raise UserError(f"train.offload: {offload} goes with train.strategy: zero2 and zero3, not with {strategy}; write none")
+        self.strategy, self.offload = strategy, offload
         self.precision = choose_precision(precision)
         cpu = not torch.cuda.is_available()
         if cpu:  # an installed DeepSpeed, which transformers imports when it saves a model, guesses aloud otherwise

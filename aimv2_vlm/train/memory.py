@@ -114,6 +114,8 @@ def estimate(model: torch.nn.Module, batch: dict[str, Any], normalize: Any, reci
     elif strategy in ("zero2", "zero3"):  # fp32 copies of the weights that are stepped
         share, bucket = trained // world, min(trained, 4 * 200_000_000)
         gradients, states = share + bucket, states // world + share
+        if recipe.train.offload == "optimizer" and placement.device.type == "cuda":  # on a CPU it is the same memory
+            gradients, states = bucket, 0
         trained, frozen = (trained, frozen) if strategy == "zero2" else (trained // world + block, frozen // world)
     return Memory(frozen + trained, gradients, states, activations, batch["input_ids"].shape[1])
 
@@ -261,6 +263,8 @@ def advice(model: torch.nn.Module, needed: Memory, there: int, recipe: SftRecipe
         processes = max(2, world)
         savings[f"train.strategy=fsdp2 on {processes} devices" if world == 1 else "train.strategy=fsdp2"] = (1 - 1 / processes) * (
             needed.gradients + needed.states + sum(p.numel() * p.element_size() for p in learned))
+    if placement.strategy in ("zero2", "zero3") and recipe.train.offload == "none" and placement.device.type == "cuda":
+        savings["train.offload=optimizer"] = needed.states
     enough = {key: saved for key, saved in savings.items() if saved >= short}
     told = ", ".join(f"{key} saves {size(saved)}" for key, saved in sorted((enough or savings).items(), key=lambda item: -item[1]) if saved > 0)
     if enough:

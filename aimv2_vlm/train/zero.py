@@ -23,8 +23,8 @@ LARGEST_BUCKET = 200_000_000  # elements reduced at once
 class ZeroPlacement(Placement):
     """train.strategy zero2 (gradients and optimizer state sharded) and zero3 (weights too)."""
 
-    def __init__(self, strategy: str = "zero2", precision: str = "auto"):
-        super().__init__(strategy, precision)
+    def __init__(self, strategy: str = "zero2", precision: str = "auto", offload: str = "none"):
+        super().__init__(strategy, precision, offload)
         self.stage = int(strategy.removeprefix("zero"))
         self.deepspeed = _import_deepspeed(self.device)
 
@@ -50,6 +50,8 @@ class ZeroPlacement(Placement):
                 "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
             },
         }
+        if self.offload == "optimizer":
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if self.precision == "bf16":  # weights and their exchange stay fp32, as in the other strategies
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         return config

@@ -3,7 +3,7 @@
     python benchmarks/reliability/kill.py [--count 200] [--seed 0] [--out FOLDER]
 
 A run of 24 steps (a checkpoint every 2, two kept, validation every 4, `final/` at the end) is killed and restarted with the
-same command until it is finished; then its `final/` must equal that of an undisturbed run in every byte, and a new one
+same command until it is finished; then its `final/` must equal that of an undisturbed run in every byte (but the model card, which names the run), and a new one
 begins. Half of the kills come at a random time, half before a random operation on the run directory (open, rename, make,
 remove), which reaches the short moments: in a save, in the rotation, while `final/` is published. After each kill every
 checkpoint that has its name must be whole. Prints and appends to results/reliability.jsonl one line: `ours` is the number

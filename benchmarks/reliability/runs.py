@@ -297,10 +297,10 @@ def complete(out: Path) -> list[int]:
 
 
 def final_digest(out: Path) -> str:
-    """Digest of every file of `final/`: equal digests are equal weights, bit for bit."""
+    """Digest of every file of `final/` but the model card, which names the run: equal digests are equal weights, bit for bit."""
     digest = hashlib.sha256()
     for path in sorted((out / "final").rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "README.md":
             digest.update(f"{path.relative_to(out)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest() if (out / "final" / "model.safetensors").exists() else ""
 
