@@ -84,6 +84,16 @@ class Loop:
     memory_check: str = choices("auto", "auto", "off")  # of tuning: estimate a step's memory before the start, refuse what cannot fit
 
 
+@dataclass
+class Common:
+    """What every recipe and eval config has: where to write, and what the whole run is computed with."""
+
+    out: str | None = None
+    seed: int = 0
+    precision: str = choices("auto", *PRECISIONS)
+    data_root: str | None = None
+
+
 # ------------------------------------------------------------------------------------------------------------ pre-training
 
 
@@ -218,11 +228,7 @@ class TextTower:
 
 
 @dataclass
-class PretrainRecipe:
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
+class PretrainRecipe(Common):
     licence: str = ""  # of the model, by its name on the hub (apache-2.0, other, …); stands in the model card
     data: PairData = field(default_factory=PairData)
     image: ImageInput = field(default_factory=ImageInput)
@@ -314,11 +320,7 @@ class Tiling:
 
 
 @dataclass
-class SftRecipe:
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
+class SftRecipe(Common):
     licence: str = ""  # of the model, by its name on the hub (apache-2.0, other, …); stands in the model card
     encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
     llm: LanguageModel = field(default_factory=LanguageModel)
@@ -351,12 +353,8 @@ class EvalModel:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Common):
     kind: str = choices("benchmarks", "benchmarks")
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
     models: list[EvalModel] = field(default_factory=list)
     benchmarks: list[str] = field(default_factory=list)
     benchmark_root: str = ""  # folder of <benchmark>/data/test-*.parquet, and of the public benchmarks' mirrors
@@ -425,13 +423,9 @@ class ProbeSettings:
 
 
 @dataclass
-class ProbeRecipe(ProbeSettings):
+class ProbeRecipe(ProbeSettings, Common):
     """An attentive probe on a frozen encoder: one learning rate and weight decay, or a `grid` of them on the same batches."""
 
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
     encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
     data: LabelledData = field(default_factory=LabelledData)
     grid: list[list[float]] = field(default_factory=list)  # pairs of lr and weight_decay, instead of optim's
@@ -455,14 +449,10 @@ class ProbedData(LabelledData):
 
 
 @dataclass
-class ProbingConfig(ProbeSettings):
+class ProbingConfig(ProbeSettings, Common):
     """Attentive probes of models x data sets (Tables 3, 6, 9, B2): the grid lrs x weight_decays at once, chosen on a tenth of train."""
 
     kind: str = choices("probing", "probing")
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
     models: list[ProbedModel] = field(default_factory=list)
     data_sets: list[ProbedData] = field(default_factory=list)
     lrs: list[float] = field(default_factory=lambda: [5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3])
@@ -491,14 +481,10 @@ class ZeroShotData(LabelledData):
 
 
 @dataclass
-class ZeroShotConfig:
+class ZeroShotConfig(Common):
     """Classification by class names and retrieval with two towers (section 4.1, Table 5)."""
 
     kind: str = choices("zero_shot", "zero_shot")
-    out: str | None = None
-    seed: int = 0
-    precision: str = choices("auto", *PRECISIONS)
-    data_root: str | None = None
     models: list[ZeroShotModel] = field(default_factory=list)
     data_sets: list[ZeroShotData] = field(default_factory=list)
     templates: Any = field(default_factory=lambda: ["a photo of a {}.", "a close-up of a {}.", "a picture showing the {}.", "a {} seen from the side.",

@@ -256,7 +256,7 @@ def judge(recipe: PretrainRecipe, placement: Placement) -> None:
     path = Path(recipe.out) / PER_PICTURE
     if placement.any(placement.is_main and path.exists()):
         return
-    run = Placement(recipe.train.strategy, recipe.precision, recipe.train.offload)  # the runs' own device and precision
+    run = Placement.of(recipe)  # the runs' own device and precision
     objective = pretraining_objective(recipe)
     tokenizer = CaptionTokenizer(recipe.text.tokenizer, recipe.text.context_length, recipe.text.canonicalize)
     data = pair_set(recipe, recipe.data.validation, tokenizer, 0, shows_progress=False)

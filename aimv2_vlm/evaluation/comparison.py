@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class _Cell:
         """Name without shots, and how many questions were asked."""
         return without_shots(self.row), self.row["limit"]
 
+    @cached_property
     def samples(self) -> dict[str, dict[str, Any]]:
         """Scored samples by question id; none where the file is gone."""
         if not self._file.is_file():
@@ -97,7 +99,7 @@ def in_context_averages(rows: Iterable[Mapping[str, Any]], benchmarks: Iterable[
 
 
 def _paired(first: _Cell, second: _Cell) -> dict[str, Any] | None:
-    one, other = first.samples(), second.samples()
+    one, other = first.samples, second.samples
     both = [number for number in one if number in other]
     if len({one[number]["picture_id"] for number in both}) < 2:
         return None
@@ -115,9 +117,9 @@ def _needs_picture(group: list[_Cell], cells: Iterable[_Cell]) -> Iterable[dict[
     metric = group[0].row["metric"]
     if metric not in SINGLE_METRICS:
         return
-    blind = [cell.samples() for cell in cells if cell.base == group[0].base and cell.row["control"] == "blind"]
+    blind = [cell.samples for cell in cells if cell.base == group[0].base and cell.row["control"] == "blind"]
     for cell in group:
-        samples = cell.samples()
+        samples = cell.samples
         if not blind and all(sample["majority"] is None for sample in samples.values()):
             continue
         need = [

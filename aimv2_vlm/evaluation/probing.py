@@ -103,7 +103,7 @@ def best_of(
     if best_on_test:
         best = min(on_test, key=lambda one: (-one["accuracy"], one["loss"]))
         result |= {"best_on_test": _row(best), "on_test": [_row(one) for one in on_test]}
-    if Placement(recipe.train.strategy, recipe.precision, recipe.train.offload).is_main:
+    if Placement.of(recipe).is_main:
         rows = map(json.loads, (root / place / "samples.jsonl").read_text(encoding="utf-8").splitlines())
         lines = [json.dumps(row | {"right": row["right"][number]}, ensure_ascii=False) + "\n" for row in rows]
         write_atomically(root / "samples.jsonl", "".join(lines))
@@ -116,7 +116,7 @@ def evaluate(config: ProbingConfig, restart: bool = False) -> int:
 
     `score` of a row is the test accuracy of the point that a tenth of train chose, `best_on_test` the paper's way.
     """
-    placement = Placement(config.train.strategy, config.precision, config.train.offload)
+    placement = Placement.of(config)
     models, data_sets = check_names(config.models, config.data_sets, config.out)
     recipe_of = {}
     contents = {name: cache(partial(split_content, data, data.train, data.test)) for name, data in zip(data_sets, config.data_sets, strict=True)}
@@ -195,7 +195,7 @@ def _train_and_judge(recipe: ProbeRecipe, restart: bool, shared: dict[str, Any],
     recipe = copy.deepcopy(recipe)  # its epochs become steps
     recipe.out = recipe.out or "runs/probe"
     with storage_errors(recipe.out):
-        placement = Placement(recipe.train.strategy, recipe.precision, recipe.train.offload)
+        placement = Placement.of(recipe)
         check_probe(recipe, placement)
         directory = open_run(recipe, placement, restart)
         try:

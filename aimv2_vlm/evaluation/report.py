@@ -99,6 +99,11 @@ def scrolled(label: str, inner: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}">{inner}</div>'
 
 
+def folded_table(title: str, note: str, columns: Iterable[str], rows: str) -> str:
+    """A table behind its title, opened by a click. `columns` and `rows` are HTML already."""
+    return f'<details><summary>{title}</summary><p class="note">{note}</p>{scrolled(title.lower(), table("plain", columns, rows))}</details>'
+
+
 def figure(name: str, title: str, chart: str, lines: Sequence[Series]) -> str:
     return f"<figure><figcaption><b>{text(name)}</b> {text(title)}</figcaption>{chart}{legend(lines)}</figure>"
 
@@ -300,7 +305,7 @@ def _result_row(evaluation: Evaluation, arm: Arm, benchmark: str, top: float) ->
         used = f'<span class="{look}">{points(gain.value, True)}</span>'
     cells = (
         ("score", f"<b>{points(row['score'])}</b>"),
-        (INTERVAL, span(*row["interval"]) if _is_interval(row.get("interval")) else "–"),
+        (INTERVAL, _interval_or_dash(row)),
         ("blind", points(controls["blind"]) if "blind" in controls else "–"),
         ("wrong picture", points(controls["wrong_picture"]) if "wrong_picture" in controls else "–"),
         ("most frequent", points(controls["majority"]) if "majority" in controls else "–"),
@@ -374,18 +379,16 @@ def comparisons_tables(evaluation: Evaluation) -> str:
             f"<td>{points(row['difference'], True)}</td><td>{_interval_or_dash(row, True)}</td><td>{'yes' if row.get('told_apart') else 'no'}</td></tr>"
             for row in paired
         )
-        note = '<p class="note">Over the questions that both answered; pictures are the clusters. Told apart: the interval excludes 0.</p>'
-        shown = scrolled("models against each other", table("plain", ("benchmark", "models", "difference", INTERVAL, "told apart"), rows))
-        body += f"<details><summary>Models against each other</summary>{note}{shown}</details>"
+        note = "Over the questions that both answered; pictures are the clusters. Told apart: the interval excludes 0."
+        body += folded_table("Models against each other", note, ("benchmark", "models", "difference", INTERVAL, "told apart"), rows)
     if need:
         rows = "".join(
             f"<tr><th scope=row>{quoted(row.get('benchmark'))}</th><td>{quoted(row.get('model'))}</td><td>{points(row['score'])}</td><td>{_interval_or_dash(row)}</td>"
             f"<td>{row.get('num_questions'):,} of {row.get('num_asked'):,}</td></tr>"
             for row in need
         )
-        note = '<p class="note">Questions that no model answers right blind and that the most frequent training answer misses.</p>'
-        shown = scrolled("questions that need the picture", table("plain", ("benchmark", "model", "score", INTERVAL, "questions"), rows))
-        body += f"<details><summary>Questions that need the picture</summary>{note}{shown}</details>"
+        note = "Questions that no model answers right blind and that the most frequent training answer misses."
+        body += folded_table("Questions that need the picture", note, ("benchmark", "model", "score", INTERVAL, "questions"), rows)
     return body
 
 

@@ -52,6 +52,11 @@ class Placement:
             cls = ZeroPlacement
         return super().__new__(cls)
 
+    @classmethod
+    def of(cls, recipe: Any) -> Placement:
+        """The placement that a recipe (with `train` and `precision`) asks for. Raises UserError."""
+        return cls(recipe.train.strategy, recipe.precision, recipe.train.offload)
+
     def __init__(self, strategy: str = "auto", precision: str = "auto", offload: str = "none"):
         """Raises UserError where the strategy, what it offloads and the processes launched do not go together."""
         from accelerate import Accelerator

@@ -66,7 +66,7 @@ def told_in_one_line(entry: Callable[..., Path]) -> Callable[..., Path]:
 def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     """Pre-train an encoder by `recipe` (paper section 2.1); returns the folder of the finished model (`final/`)."""
     check_pretraining(recipe)
-    placement = Placement(recipe.train.strategy, recipe.precision, recipe.train.offload)
+    placement = Placement.of(recipe)
     check_states(recipe.optim, placement)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
@@ -319,7 +319,7 @@ def write_pretrained(folder: Path, model: torch.nn.Module, *, recipe: PretrainRe
 @told_in_one_line
 def sft(recipe: SftRecipe, restart: bool = False) -> Path:
     """Tune an assistant by `recipe` (section 4.3.1); returns its folder (`final/`), a stock transformers checkpoint."""
-    placement = Placement(recipe.train.strategy, recipe.precision, recipe.train.offload)
+    placement = Placement.of(recipe)
     check_tuning(recipe, placement)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:

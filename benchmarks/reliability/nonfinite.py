@@ -8,7 +8,6 @@ Gloo processes on this machine, each strategy with every (value, place, process)
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -84,16 +83,12 @@ def work(strategies: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
-    parser.add_argument("--work", type=Path, required=True)
-    arguments = parser.parse_args()
+    from benchmarks.reliability.summary import launched_parser, summarise
+
+    arguments = launched_parser(__doc__).parse_args()
     if "RANK" in os.environ:
         work(arguments.strategies, arguments.work)
         return
-    from benchmarks.reliability.summary import summarise
-
     arguments.work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes), __file__,
                "--work", str(arguments.work), "--strategies", *arguments.strategies]

@@ -18,6 +18,15 @@ def argument_parser(description: str, count: int, what: str) -> argparse.Argumen
     return parser
 
 
+def launched_parser(description: str) -> argparse.ArgumentParser:
+    """What a driver takes that launches processes itself: --processes, --strategies, --work."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
+    parser.add_argument("--work", type=Path, required=True)
+    return parser
+
+
 def done_lines(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Lines of a driver's work file that belong to this count and seed; a line that a kill cut off does not count."""
     lines = []

@@ -10,7 +10,6 @@ the command has ended, and that the same command then finishes. A result line go
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -114,15 +113,12 @@ def kill_one(command: list[str], out: Path, log: Path, at_step: int, processes: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
-    parser.add_argument("--work", type=Path, required=True)
-    arguments = parser.parse_args()
+    from benchmarks.reliability.summary import launched_parser, summarise
+
+    arguments = launched_parser(__doc__).parse_args()
     from conftest import TINY_PRETRAINING
 
     from aimv2_vlm.data import scenes
-    from benchmarks.reliability.summary import summarise
 
     work, count = arguments.work, arguments.processes
     data, encoder = work / "data", work / "encoder"
