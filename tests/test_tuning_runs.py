@@ -125,7 +125,7 @@ def test_a_decoder_without_some_weights_or_in_pickles_is_refused(decoder, scenes
 
 def test_8_bit_states_do_not_go_with_sharded_pretraining(scenes_root, tmp_path, monkeypatch):
     _, name, *overrides = pretraining(scenes_root, tmp_path / "run", "optim.states=8bit")
-    monkeypatch.setattr(run, "Placement", lambda *_: SimpleNamespace(strategy="fsdp2"))
+    monkeypatch.setattr(run.Placement, "of", lambda _: SimpleNamespace(strategy="fsdp2"))
     with pytest.raises(UserError, match="^optim.states: 8bit does not go with train.strategy: fsdp2"):
         run.pretrain(load_recipe("pretrain", name, overrides))
 
