@@ -312,10 +312,12 @@ class Adapter:
 
 @dataclass
 class Tiling:
-    """`grid` 1x1 gives a Llava, RxC a LlavaNext with an overview picture and RxC tiles, RxC+RxC a choice per picture."""
+    """`grid` 1x1 gives a Llava, RxC a LlavaNext with an overview picture and RxC tiles, RxC+RxC a choice per picture; with
+    `unshuffle`, a Cohere2Vision with one view or at most RxC tiles and an overview."""
 
     grid: str = "1x1"
     pad_square: bool = True
+    unshuffle: int = bounded(1, at_least=1)  # 2: 2 x 2 patches become one token before the connector, a quarter of the tokens
     source_size: int | None = bounded(None, at_least=1)  # control: pictures are first reduced to this many pixels (no new pixels in tiles)
 
 

@@ -35,7 +35,7 @@ MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 LLAMA = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=1024
 )
-GRIDS = ["1x1", "2x2"]
+GRIDS = ["1x1", "2x2", "1x1/2", "2x2/2"]  # behind the stroke: patches a side that become one token
 
 
 def make_encoder(seed=0):
@@ -64,8 +64,9 @@ def tokenizer_folder(tmp_path_factory):
 
 def build(tokenizer_folder, grid, seed=0, **more):
     encoder = make_encoder(seed)
+    grid, _, unshuffle = grid.partition("/")
     return build_assistant(
-        encoder, None, grid, tokenizer=str(tokenizer_folder), llm_config=LLAMA, image_mean=MEAN, image_std=STD, **more
+        encoder, None, grid, unshuffle=int(unshuffle or 1), tokenizer=str(tokenizer_folder), llm_config=LLAMA, image_mean=MEAN, image_std=STD, **more
     )
 
 
@@ -143,7 +144,7 @@ def stock_loss(model, batch, num_views):
     extra = {}
     if len(batch["pixel_values"]):
         pixels = pixels_of(batch)
-        if num_views > 1:
+        if num_views > 1 and model.config.model_type == "llava_next":
             pixels = pixels.view(-1, num_views, *pixels.shape[1:])
             extra["image_sizes"] = torch.tensor(batch["image_sizes"])
         extra["pixel_values"] = pixels
@@ -410,12 +411,12 @@ def test_features_are_the_normalised_ones_of_all_patches(tokenizer_folder, grid)
     assert torch.allclose(encode_views(model, pixels, batch_size=2), expected, atol=1e-6)
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    sizes = {} if grid == "1x1" else {"image_sizes": torch.tensor([[28, 28]])}
-    model.model.get_image_features(pixels if grid == "1x1" else pixels[None], **sizes)
+    sizes = {"image_sizes": torch.tensor([[28, 28]])} if grid == "2x2" else {}
+    model.model.get_image_features(pixels[None] if grid == "2x2" else pixels, **sizes)
     assert torch.equal(seen[0], expected)
 
 
-@pytest.mark.parametrize(("kind", "layer", "grid"), [("clip", -2, "1x1"), ("clip", -2, "2x2"), ("siglip", None, "2x2"), ("siglip", -2, "1x1"), ("dinov2", -1, "2x2")])
+@pytest.mark.parametrize(("kind", "layer", "grid"), [("clip", -2, "1x1"), ("clip", -2, "2x2"), ("siglip", None, "2x2"), ("siglip", -2, "1x1"), ("dinov2", -1, "2x2"), ("siglip", None, "2x2/2")])
 def test_a_comparison_encoder_makes_a_stock_assistant_too(tokenizer_folder, data, tmp_path, kind, layer, grid):
     """What is trained on, what the stock class reads and what the encoder gives are the same features; also after saving."""
     import transformers
@@ -429,8 +430,9 @@ def test_a_comparison_encoder_makes_a_stock_assistant_too(tokenizer_folder, data
     }[kind]()
     tower.save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}), encoding="utf-8")
+    grid, _, unshuffle = grid.partition("/")
     model, processor = build_assistant(
-        tmp_path / "encoder", None, grid, tokenizer=str(tokenizer_folder), llm_config=LLAMA, layer=layer, tokens="all" if kind == "siglip" else "patches")
+        tmp_path / "encoder", None, grid, unshuffle=int(unshuffle or 1), tokenizer=str(tokenizer_folder), llm_config=LLAMA, layer=layer, tokens="all" if kind == "siglip" else "patches")
     rows = dataset(data, processor)
     batch = rows.microbatches(range(len(rows)), 8)[0]
     loss = AssistantForTraining(model)(**arguments(batch))["text_sum"]
@@ -448,6 +450,7 @@ def test_a_comparison_encoder_makes_a_stock_assistant_too(tokenizer_folder, data
 @pytest.mark.parametrize(("kind", "keys", "message"), [
     ("CLIPVision", {}, "encoder.tokens: all, but CLS"), ("CLIPVision", {"tokens": "patches"}, "write -1, or -2"),
     ("CLIPVision", {"tokens": "patches", "layer": 7}, "has 2 blocks"), ("CLIPVision", {"tokens": "patches", "layer": -2, "image_size": 56}, "of its own 28 px"),
+    ("CLIPVision", {"tokens": "patches", "unshuffle": 2}, "CLS of a clip_vision_model encoder"), ("SiglipVision", {"layer": -2, "unshuffle": 2}, "layer -2 of"),
     ("ViTMAE", {"tokens": "patches", "layer": -1}, "shuffles its patches"), ("Dinov2WithRegisters", {"tokens": "patches", "layer": -1}, "registers"),
 ])  # fmt: skip
 def test_what_a_stock_llava_cannot_read_is_refused(tokenizer_folder, kind, keys, message):
@@ -495,8 +498,9 @@ def own_answers(model, processor, folder):
         pixels = torch.from_numpy(np.array(Image.open(folder / f"{name}.png").convert("RGB"))).permute(2, 0, 1)
         views, size = picture_views(pixels, tiling, processor.image_processor)
         ids = chat.prompt_ids([Turn("user", f"{IMAGE}\nWhat?")], [tiling.num_image_tokens(*pixels.shape[-2:])])
-        extra = {} if tiling.single else {"image_sizes": torch.tensor([size])}
-        pixel_values = views if tiling.single else views[None]
+        folded = model.config.model_type == "llava_next"
+        extra = {"image_sizes": torch.tensor([size])} if folded else {}
+        pixel_values = views[None] if folded else views
         out = model.generate(input_ids=torch.tensor([ids]), pixel_values=pixel_values, max_new_tokens=12, **extra)
         answers[name] = processor.tokenizer.decode(out[0, len(ids) :])
     return answers
@@ -504,12 +508,12 @@ def own_answers(model, processor, folder):
 
 def test_a_saved_assistant_answers_the_same_without_this_package(tokenizer_folder, data, tmp_path):
     expected = {}
-    for grid, pad_square in [("1x1", True), ("2x2", True), ("2x2", False)]:
+    for grid, pad_square in [("1x1", True), ("2x2", True), ("2x2", False), ("1x1/2", True), ("3x3/2", False)]:
         torch.manual_seed(3)
         model, processor = build(tokenizer_folder, grid, seed=3, pad_square=pad_square)
         with torch.no_grad():  # answers that differ between pictures
             model.lm_head.weight.normal_(std=1.0)
-        folder = tmp_path / f"{grid}-{pad_square}"
+        folder = tmp_path / f"{grid.replace('/', '-')}-{pad_square}"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         expected |= {f"{folder} {name}": answer for name, answer in own_answers(model.eval(), processor, data).items()}

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFile
 
 from aimv2_vlm.config import EvalConfig, EvalModel, UserError
+from aimv2_vlm.data.chat import build_processor
 from aimv2_vlm.data.transforms import BadImage
 from aimv2_vlm.evaluation.generation import (
     GenerationError,
@@ -63,10 +64,14 @@ def _tokenizer():
     )
 
 
-def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int = 256) -> Path:
-    """A random Llava (one view of 28 px, 4 patches) or LlavaNext (2 x 2 tiles), as stock classes save it."""
+def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int = 256, unshuffle: int = 1) -> Path:
+    """A random Llava (one view of 28 px, 4 patches) or LlavaNext (2 x 2 tiles), as stock classes save it; with `unshuffle`, a
+    Cohere2Vision (at most 2 x 2 tiles) with our processor."""
     from transformers import (
         Aimv2VisionConfig,
+        Cohere2VisionConfig,
+        Cohere2VisionForConditionalGeneration,
+        Cohere2VisionImageProcessor,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -94,7 +99,11 @@ def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int =
         vision_feature_select_strategy="full",
     )  # fmt: skip
     size = {"height": 28, "width": 28}
-    if tiles == 1:
+    if unshuffle > 1:
+        model = Cohere2VisionForConditionalGeneration(Cohere2VisionConfig(
+            vision_config=vision, text_config=text, image_token_id=4, downsample_factor=unshuffle, alignment_intermediate_size=64, tie_word_embeddings=False))
+        images = Cohere2VisionImageProcessor(size=size, patch_size=2 // unshuffle, max_patches=tiles**2)
+    elif tiles == 1:
         model = LlavaForConditionalGeneration(LlavaConfig(**shared))
         images = LlavaImageProcessor(do_pad=True, do_center_crop=False, size=size)
         kind = LlavaProcessor
@@ -105,10 +114,13 @@ def make_assistant(folder: Path, tiles: int = 1, seed: int = 0, positions: int =
         kind = LlavaNextProcessor
     with torch.no_grad():  # larger picture features, so that answers depend on the picture
         model.model.multi_modal_projector.linear_2.weight.mul_(30)
-    processor = kind(
-        image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
-    )  # fmt: skip
+    if unshuffle > 1:
+        processor = build_processor(tokenizer, images, 14, TEMPLATE, "<image>")
+    else:
+        processor = kind(
+            image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="full",
+            chat_template=TEMPLATE,
+        )  # fmt: skip
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -240,7 +252,7 @@ def test_a_picture_longer_than_the_decoder_is_refused_at_load(tmp_path):
 
 def test_another_grid_than_the_checkpoints_is_possible_for_tiles_only(assistants):
     model, processor = load_assistant(assistants[2], "fp32", "cpu")
-    assert tiling_of(model) == "2x2"
+    assert tiling_of(model, processor) == "2x2"
     generator = Generator(model, processor, max_new_tokens=2, tiling="1x2")
     generator.answer([([make_picture(0, (28, 56))], PROMPTS[0])])
     assert generator.tiling == "1x2" and list(generator.tokens_seen.values()) == [4 + 2 * (4 + 1)]

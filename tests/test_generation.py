@@ -43,9 +43,10 @@ def stock_answer(model, processor, question: Question, max_new_tokens: int) -> s
 
 
 @pytest.fixture(scope="module")
-def assistants(tmp_path_factory) -> dict[int, Path]:
+def assistants(tmp_path_factory) -> dict[int | str, Path]:
     root = tmp_path_factory.mktemp("generation")
-    return {tiles: make_assistant(root / f"tiles{tiles}", tiles) for tiles in (1, 2)}
+    made = {tiles: make_assistant(root / f"tiles{tiles}", tiles) for tiles in (1, 2)}
+    return made | {"unshuffled": make_assistant(root / "unshuffled", 2, unshuffle=2)}
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ PICTURES = [make_picture(i, size) for i, size in enumerate([(40, 56), (56, 40), 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("tiles", [1, 2, "unshuffled"])
 def test_questions_that_share_a_picture_answer_as_if_alone(assistants, tiles, attention):
     model, processor = load_assistant(assistants[tiles], "fp32", "cpu")
     model.set_attn_implementation(attention)
@@ -223,6 +224,16 @@ def make_foreign(folder: Path, kind: str) -> Path:
         )
         images = t.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
         processor = t.LlavaNextProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    elif kind == "cohere2_vision":  # marks around a picture and behind each tile
+        model = t.Cohere2VisionForConditionalGeneration(t.Cohere2VisionConfig(
+            vision_config=t.SiglipVisionConfig(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                               vision_use_head=False),
+            text_config=text, image_token_id=4, alignment_intermediate_size=64, tie_word_embeddings=False))  # fmt: skip
+        images = t.Cohere2VisionImageProcessor(size={"height": 28, "width": 28}, patch_size=2, max_patches=6)
+        for name, token in {"image_token": "<image>", "boi_token": "a", "eoi_token": "b", "img_line_break_token": "?"}.items():
+            tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, name]
+            setattr(tokenizer, name, token)
+        processor = t.Cohere2VisionProcessor(images, tokenizer)
     else:
         config = t.Idefics3Config(
             vision_config=dict(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
@@ -244,12 +255,12 @@ def make_foreign(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next", "idefics3"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "cohere2_vision", "idefics3"])
 def test_foreign_checkpoints_answer_as_plain_transformers_does(tmp_path, kind):
     model, processor = load_assistant(make_foreign(tmp_path, kind), "fp32", "cpu")
     questions = questions_about(PICTURES, TEXTS[:4])
     generator = Generator(model, processor, 3, 6)
-    assert generator.share_features == (kind != "idefics3") and generator.shares_prefix == (kind != "idefics3")
+    assert generator.share_features == generator.shares_prefix == kind.startswith("llava")
     answers = generator.answer(questions)
     assert list(answers) == [stock_answer(model, processor, question, 6) for question in questions]
     assert len(set(answers)) > 4, "or equality shows nothing"

@@ -12,6 +12,7 @@ from transformers import (
     Aimv2VisionConfig,
     Aimv2VisionModel,
     AutoImageProcessor,
+    Cohere2VisionProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.image_processing_utils import select_best_resolution
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.data.chat import train_chat_tokenizer
+from aimv2_vlm.data.chat import build_processor, train_chat_tokenizer
 from aimv2_vlm.data.tiling import Tiling, cut_views, image_processor, picture_views, prepare_picture
 from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.assistant import AssistantForTraining, build_assistant, set_trainable
@@ -29,6 +30,7 @@ MEAN, STD = [0.48, 0.45, 0.41], [0.27, 0.26, 0.28]
 GRIDS = [(1, 1), (2, 2), (3, 3), (1, 2), (3, 2)]
 ROUNDING = 5e-7  # of normalised pixels, which are at most 3
 SPELLINGS = ["1x1", "2x2", "3x3", "1x3", "2x2+1x2+2x1", "1x2+2x1+2x2+3x1+1x3"]
+UNSHUFFLED = ["1x1/2", "2x2/2", "3x3/4"]  # behind the stroke: patches a side that become one token
 sides = st.one_of(st.integers(1, 4000), st.integers(1, 60), st.sampled_from([335, 336, 337, 672, 750, 1008]))
 
 
@@ -37,8 +39,15 @@ def tokenizer(tmp_path_factory):
     return train_chat_tokenizer(["a word"], tmp_path_factory.mktemp("tokenizer"), 300)
 
 
+def parse(spelling, **sizes):
+    grid, _, unshuffle = spelling.partition("/")
+    return Tiling.parse(grid, unshuffle=int(unshuffle or 1), **sizes)
+
+
 @cache
 def stock_processor(tiling, tokenizer):
+    if tiling.unshuffle > 1:
+        return build_processor(tokenizer, image_processor(tiling, MEAN, STD), tiling.patch_size, "", "<|image|>")
     kind = LlavaProcessor if tiling.single else LlavaNextProcessor
     return kind(
         image_processor(tiling, MEAN, STD),
@@ -122,6 +131,41 @@ def test_2000_token_counts_and_choices_are_the_stock_processors(tokenizer, spell
     assert (refused > 0) == may_vanish
 
 
+@pytest.mark.parametrize("tile_size,pad_square", [(336, False), (336, True), (56, False)])
+@pytest.mark.parametrize("spelling", UNSHUFFLED)
+def test_2000_unshuffled_token_counts_are_the_stock_processors(tokenizer, spelling, tile_size, pad_square):
+    tiling = parse(spelling, tile_size=tile_size, pad_square=pad_square)
+    stock = stock_processor(tiling, tokenizer).image_processor
+    sizes = np.exp(np.random.default_rng(tile_size).uniform(0, np.log(4000), (2000, 2))).round().astype(int).tolist()
+    grids = set()
+    for height, width in [*sizes, (750, 504), (1, 4000), (4000, 1)]:
+        num_views = stock.get_number_of_image_patches(*tiling.processed_size(height, width))
+        chosen = tiling.at(height, width)
+        grids.add(chosen.grid)
+        assert tiling.num_image_tokens(height, width) == num_views * stock.patch_size**2 <= tiling.max_image_tokens
+        assert len(tiling.views(height, width)) == chosen.num_views == num_views <= tiling.num_views
+        assert chosen.at(height, width) == chosen and tiling.shows_something(height, width)
+    most = max(int(spelling[0]), 1)
+    assert grids == {(r, c) for r in range(1, most**2 + 1) for c in range(1, most**2 + 1) if r * c <= most**2 and (r == c or not pad_square)}
+
+
+def test_an_unshuffled_picture_is_nothing_but_its_image_tokens_for_the_stock_processor(tokenizer, tmp_path):
+    """The stock class would write marks around a picture and its tiles; ours has none, also when opened without this package."""
+    stock_processor(parse("2x2/2", tile_size=56), tokenizer).save_pretrained(tmp_path)
+    opened = Cohere2VisionProcessor.from_pretrained(tmp_path)
+    pixels = picture(112, 112)
+    ids = opened(images=[pixels], text="<|image|>a word", return_tensors="pt")["input_ids"][0].tolist()
+    assert ids == [opened.image_token_id] * 20 + opened.tokenizer("a word")["input_ids"]
+
+
+@pytest.mark.parametrize(("grid", "unshuffle", "message"), [
+    ("2x3", 2, "write 1x1, 2x2, 3x3"), ("2x2+1x2", 2, "write 1x1, 2x2, 3x3"), ("2x2", 5, "5 does not divide the 24 patches"), ("1x1", 0, "0 does not divide"),
+])  # fmt: skip
+def test_what_cannot_be_unshuffled_is_refused(grid, unshuffle, message):
+    with pytest.raises(UserError, match=f"^tiling.unshuffle: .*{message}"):
+        Tiling.parse(grid, tile_size=336, unshuffle=unshuffle)
+
+
 def _grid(resolution, tile_size):
     return resolution[0] // tile_size, resolution[1] // tile_size
 
@@ -184,12 +228,12 @@ def padded_by_hand(pixels):
 
 def assert_pixels_are_the_stock_processors(pixels, tiling):
     stock = image_processor(tiling, MEAN, STD)
-    shown = padded_by_hand(pixels) if tiling.pad_square and not tiling.single else pixels
+    shown = padded_by_hand(pixels) if tiling.pad_square and (not tiling.single or tiling.unshuffle > 1) else pixels
     expected = stock(shown.contiguous(), return_tensors="pt", input_data_format="channels_first")
-    expected_pixels = expected["pixel_values"] if tiling.single else expected["pixel_values"][0]
+    expected_pixels = expected["pixel_values"][0] if "image_sizes" in expected else expected["pixel_values"]
     views, size = picture_views(pixels, tiling, stock)
-    assert (views - expected_pixels).abs().max() <= ROUNDING
-    assert tiling.single or expected["image_sizes"].tolist() == [list(size)]
+    assert views.shape == expected_pixels.shape and (views - expected_pixels).abs().max() <= ROUNDING
+    assert "image_sizes" not in expected or expected["image_sizes"].tolist() == [list(size)]
     raw, raw_size = cut_views(pixels, tiling, MEAN)
     assert raw.dtype == torch.uint8 and raw_size == size
     assert (normalize(raw, MEAN, STD) - expected_pixels).abs().max() <= 1e-6
@@ -199,22 +243,22 @@ def assert_pixels_are_the_stock_processors(pixels, tiling):
 @given(
     st.integers(1, 260),
     st.integers(1, 260),
-    st.sampled_from(SPELLINGS),
+    st.sampled_from(SPELLINGS + UNSHUFFLED),
     st.booleans(),
     st.sampled_from(["noise", "planes", "grey", "black and white"]),
     st.integers(0, 9),
 )
 def test_every_pixel_is_the_stock_processors(height, width, spelling, pad_square, kind, seed):
-    tiling = Tiling.parse(spelling, tile_size=56, pad_square=pad_square)
+    tiling = parse(spelling, tile_size=56, pad_square=pad_square)
     if tiling.shows_something(height, width):
         assert_pixels_are_the_stock_processors(painted(kind, height, width, seed), tiling)
 
 
-@pytest.mark.parametrize("spelling", ["1x1", "3x3", "2x2+1x3+3x1"])
+@pytest.mark.parametrize("spelling", ["1x1", "3x3", "2x2+1x3+3x1", "3x3/2"])
 @pytest.mark.parametrize("height,width", [(90, 4000), (1500, 40), (750, 1100), (1008, 1008)])
 def test_every_pixel_of_large_and_thin_pictures_is_the_stock_processors(spelling, height, width):
     assert_pixels_are_the_stock_processors(
-        painted("noise", height, width, 0), Tiling.parse(spelling, tile_size=336, pad_square=False)
+        painted("noise", height, width, 0), parse(spelling, tile_size=336, pad_square=False)
     )
 
 
@@ -273,14 +317,14 @@ def test_source_size_never_enlarges():
     assert torch.equal(prepare_picture(small, Tiling((2, 2), 56, 14, pad_square=False, source_size=56), MEAN), small)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("spelling", ["1x1", "2x2", "3x3", "1x2", "3x2", "3x3/2"])
 @pytest.mark.parametrize("pad_square", [True, False])
 @pytest.mark.parametrize("height,width", [(160, 160), (120, 200), (200, 110)])
-def test_boxes_tell_which_view_shows_a_spot(grid, pad_square, height, width):
-    tiling = Tiling(grid, 56, 14, pad_square)
+def test_boxes_tell_which_view_shows_a_spot(spelling, pad_square, height, width):
+    tiling = parse(spelling, tile_size=56, pad_square=pad_square)
     stock = image_processor(tiling, [0.0] * 3, [1.0] * 3)
     boxes = tiling.views(height, width)
-    assert len(boxes) == tiling.num_views
+    assert len(boxes) == tiling.at(height, width).num_views
     for y, x in [(20, 24), (height - 30, 25), (height // 3, width - 20), (height - 22, width - 24)]:
         pixels = torch.zeros(3, height, width, dtype=torch.uint8)
         pixels[:, y - 8 : y + 8, x - 8 : x + 8] = 255
@@ -294,11 +338,12 @@ def test_boxes_tell_which_view_shows_a_spot(grid, pad_square, height, width):
 
 def test_a_saved_processor_tells_its_tiling(tokenizer, tmp_path):
     several = Tiling((2, 2), 56, 14, False, others=((1, 2), (2, 1)))
+    unshuffled = [Tiling((2, 2), 56, 14, True, unshuffle=2), Tiling((1, 1), 56, 14, False, unshuffle=4)]
     for number, tiling in enumerate(
-        [Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True), several]
+        [Tiling((2, 2), 56, 14, True), Tiling((2, 1), 56, 14, False), Tiling((1, 1), 56, 14, True), several, *unshuffled]
     ):
         stock_processor(tiling, tokenizer).save_pretrained(tmp_path / str(number))
-        kind = LlavaProcessor if tiling.single else LlavaNextProcessor
+        kind = Cohere2VisionProcessor if tiling.unshuffle > 1 else LlavaProcessor if tiling.single else LlavaNextProcessor
         assert Tiling.from_processor(kind.from_pretrained(tmp_path / str(number))) == tiling
         assert type(AutoImageProcessor.from_pretrained(tmp_path / str(number))) is type(
             image_processor(tiling, MEAN, STD)

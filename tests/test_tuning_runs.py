@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_cli
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import assert_same_weights, pretraining, tuning
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ from aimv2_vlm.config import ConversationSource, SftRecipe, UserError
 from aimv2_vlm.data import collate
 from aimv2_vlm.data.conversations import ConversationSet
 from aimv2_vlm.data.transforms import BadImage
+from aimv2_vlm.evaluation.generation import Generator, Picture, Question, load_assistant
 from aimv2_vlm.recipe import load_recipe
 from aimv2_vlm.train import run
 
@@ -40,6 +42,29 @@ def test_a_key_that_was_refused_is_mended_without_restart(scenes_root, tiny_enco
     assert "another recipe" in refusal([*words, "adapter.rank=3"])  # now there is something to lose
     run_cli(*words, "data.max_bad_fraction=0.5")  # a limit changes nothing that is computed
     assert (out / "final").is_dir()
+
+
+def test_an_assistant_with_a_quarter_of_the_tokens_is_tuned_asked_and_kept_apart_from_llavas_ways(scenes_root, tiny_encoder, tmp_path):
+    out = tmp_path / "run"
+    words = tuning(scenes_root, tiny_encoder, out, "tiling.unshuffle=2", grid="2x2")
+    run_cli(*words)
+    model, processor = load_assistant(out / "final", "fp32", "cpu")
+    assert type(model).__name__ == "Cohere2VisionForConditionalGeneration"
+    generator = Generator(model, processor, max_new_tokens=4)
+    assert generator.tiling == "up to 2x2 unshuffled" and generator.shares_prefix
+    side = model.config.vision_config.image_size
+    patches = (side // model.config.vision_config.patch_size) ** 2
+    questions = [Question("What is shown?", (Picture(n, lambda n=n: Image.new("RGB", (n * side, n * side), "green")),)) for n in (1, 2)]
+    answers = generator.answer(questions)
+    assert generator.tokens_seen == {1: patches // 4, 2: 5 * patches // 4}
+    assert all(generator.check(question, answer).ours == answer for question, answer in zip(questions, answers, strict=True))
+    card = (out / "final" / "README.md").read_text(encoding="utf-8")
+    assert "an overview and at most 2x2 tiles" in card and "4 patches a token" in card
+    run_cli("data", "check", scenes_root / "conversations" / "conversations.json", "--images", scenes_root / "conversations" / "images",
+            "--recipe", out / "recipe.yaml", "--num", "4", "--page", tmp_path / "page.html")
+    assert "4 of them a token" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    refused = run_cli("convert", out / "final", tmp_path / "llava", "--to", "llava", check=False)
+    assert refused.returncode == 2 and "only Llava and LlavaNext" in refused.stderr
 
 
 def test_a_run_that_could_use_no_row_is_not_published(scenes_root, tiny_encoder, tmp_path):

@@ -537,11 +537,18 @@ def _check_vocab_size(num_learned: int, least: int, vocab_size: int) -> None:
 
 
 def build_processor(tokenizer, image_processor, patch_size: int, template: str, image_token: str):
-    """The stock processor (Llava or, for an image processor with a grid, LlavaNext) that ships with an assistant."""
-    from transformers import LlavaNextProcessor, LlavaProcessor
+    """The stock processor that ships with an assistant: Llava, LlavaNext or Cohere2Vision, by its image processor."""
+    from transformers import Cohere2VisionImageProcessor, Cohere2VisionProcessor, LlavaNextProcessor, LlavaProcessor
 
-    kind = LlavaNextProcessor if hasattr(image_processor, "image_grid_pinpoints") else LlavaProcessor
     tokenizer.chat_template = template
+    if isinstance(image_processor, Cohere2VisionImageProcessor):
+        # It writes marks around a picture and behind each tile. Without any, a picture is nothing but its image tokens here too.
+        named = {"image_token": image_token, "boi_token": "", "eoi_token": "", "img_line_break_token": ""}
+        tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*dict.fromkeys([*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *named])]
+        for name, token in named.items():
+            setattr(tokenizer, name, token)
+        return Cohere2VisionProcessor(image_processor, tokenizer, chat_template=template)
+    kind = LlavaNextProcessor if hasattr(image_processor, "image_grid_pinpoints") else LlavaProcessor
     return kind(
         image_processor=image_processor,
         tokenizer=tokenizer,

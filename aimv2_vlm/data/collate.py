@@ -175,7 +175,7 @@ class InstructionDataset:
         """(height, width) of a picture, or any, where its number of tokens does not depend on it. Raises BadImage."""
         if self.features is not None:
             return self.features.size(path)
-        if self.tiling.single or (self.tiling.pad_square and not self.tiling.others):
+        if not self.tiling.varies:
             return self.tiling.tile_size, self.tiling.tile_size
         return read_size(path)
 

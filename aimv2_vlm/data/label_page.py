@@ -99,7 +99,8 @@ def _article(dataset: InstructionDataset, index: int, total: Counter[str]) -> st
             continue  # `row.bad` says so
         drawings.append(drawing)
         counts.append(tiling.num_image_tokens(height, width))
-        tiles = "one view" if tiling.single else f"{tiling.at(height, width)} tiles and an overview"
+        chosen = tiling.at(height, width)
+        tiles = "one view" if chosen.single else f"{chosen} tiles and an overview"
         notes.append(f"{name}: {width} × {height}, {tiles}, {counts[-1]:,} tokens")
     head = "".join(f'<p class="about soft">{quoted(line)}</p>' for line in (where, *notes))
     pictures = f'<div class="pictures">{"".join(drawings)}</div>' if drawings else ""
@@ -136,7 +137,7 @@ def _drawing(path: str, tiling: Tiling) -> tuple[str, tuple[int, int]]:
     lefts, tops, rights, bottoms = zip((0, 0, width, height), *(view.box for view in views), strict=True)
     left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     frames = ""
-    for view in reversed(views):  # the overview, which comes first, is drawn last: it lies over the outer edges
+    for view in sorted(views, key=lambda view: view.name == "overview"):  # drawn last: it lies over the outer edges
         x, y, x_end, y_end = view.box
         look = "overview" if view.name == "overview" else "tile"
         frames += f'<rect class="{look}" x="{x:.2f}" y="{y:.2f}" width="{x_end - x:.2f}" height="{y_end - y:.2f}"></rect>'

@@ -3,6 +3,8 @@
 1x1 is `Llava`: the picture padded to a square and resized. R x C is `LlavaNext` with the single resolution
 (R * tile, C * tile): an overview first, then the tiles in raster order, one newline vector behind each token row.
 R x C + R x C + … gives LlavaNext several resolutions; each picture takes the one that shows most of it (anyres).
+`unshuffle` is `Cohere2Vision`, the stock class that makes one token of u x u patches: of all grids of at most R x C tiles
+each picture takes the one by which it is enlarged least and is squashed into it; the overview comes behind the tiles.
 LlavaNext itself squashes the overview, pads the tiles black and removes padded features; `pad_square` pads the
 picture with the mean colour *before* it, as the paper does, so that nothing is squashed or removed (paper 5.1,
 Figure 5).
@@ -19,6 +21,7 @@ is torch.channels_last), and fp32 comes last.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +53,8 @@ class Tiling:
     (never enlarges); the control arm "upsampled", which has a tiled picture's tokens without its new pixels.
     others: further grids (anyres). Each picture takes one of `grid` and these, and what depends on it is asked of
     `at(height, width)`; after pad_square all pictures are squares, so that only their size decides.
+    unshuffle: so many by so many patches of a view become one token before the connector. `grid` then says how many tiles
+    a picture has at most, and `at` which it has; one that is no larger than a tile is one view.
     """
 
     grid: tuple[int, int] = (1, 1)
@@ -58,6 +63,7 @@ class Tiling:
     pad_square: bool = True
     source_size: int | None = None
     others: tuple[tuple[int, int], ...] = ()
+    unshuffle: int = 1
 
     def __post_init__(self) -> None:
         if any(rows < 1 or columns < 1 for rows, columns in self.grids):
@@ -70,10 +76,12 @@ class Tiling:
             raise UserError(f"tiling: a tile of {self.tile_size} pixels holds no patch of {self.patch_size}")
         if self.source_size is not None and self.source_size < 1:
             raise UserError(f"tiling: source_size {self.source_size} must be at least 1 pixel")
+        if self.unshuffle < 1 or self.patches_per_side % self.unshuffle:
+            raise UserError(f"tiling.unshuffle: {self.unshuffle} does not divide the {self.patches_per_side} patches of a view's side")
 
     @classmethod
     def parse(
-        cls, text: str, *, tile_size: int, patch_size: int = 14, pad_square: bool = True, source_size: int | None = None
+        cls, text: str, *, tile_size: int, patch_size: int = 14, pad_square: bool = True, source_size: int | None = None, unshuffle: int = 1
     ) -> Tiling:
         """From the recipe's "RxC", or "RxC+RxC" for a choice per picture. Raises UserError."""
         matches = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split("+")]
@@ -82,14 +90,22 @@ class Tiling:
                 f"tiling {text!r}: write ROWSxCOLUMNS, such as 1x1, 2x2 or 3x3, or several as in 2x2+1x2+2x1"
             )
         grid, *others = [(int(match[1]), int(match[2])) for match in matches]
-        return cls(grid, tile_size, patch_size, pad_square, source_size, tuple(others))
+        if unshuffle != 1 and (others or grid[0] != grid[1]):
+            raise UserError(f"tiling.unshuffle: takes a grid as the most tiles of a picture and chooses itself; write 1x1, 2x2, 3x3, …, not {text!r}")
+        return cls(grid, tile_size, patch_size, pad_square, source_size, tuple(others), unshuffle)
 
     @classmethod
     def from_processor(cls, processor, source_size: int | None = None) -> Tiling:
-        """The tiling that a saved Llava or LlavaNext processor stands for."""
+        """The tiling that a saved Llava, LlavaNext or Cohere2Vision processor stands for."""
         images = processor.image_processor
         pinpoints = getattr(images, "image_grid_pinpoints", None)
         tile_size = images.size["height"]
+        if hasattr(images, "max_patches"):
+            most = images.max_patches if images.crop_to_patches else 1
+            side = math.isqrt(most)
+            unshuffle = getattr(images, "downsample_factor", 2)
+            grid = (side, side) if side**2 == most else (1, most)
+            return cls(grid, tile_size, tile_size // (images.patch_size * unshuffle), bool(getattr(images, "pad_square", False)), source_size, (), unshuffle)
         if pinpoints is None:
             return cls((1, 1), tile_size, processor.patch_size, bool(images.do_pad), source_size)
         if not pinpoints or any(side % tile_size for resolution in pinpoints for side in resolution):
@@ -106,7 +122,12 @@ class Tiling:
         return (self.grid, *self.others)
 
     def at(self, height: int, width: int) -> Tiling:
-        """The tiling of one grid that a picture of this size (as the user has it) gets, by LlavaNext's own choice."""
+        """The tiling of one grid that a picture of this size (as the user has it) gets, by the stock class's own choice."""
+        if self.unshuffle > 1:
+            from transformers.models.cohere2_vision.image_processing_cohere2_vision import get_optimal_tiled_canvas
+
+            columns, rows = get_optimal_tiled_canvas(self.processed_size(height, width), (self.tile_size,) * 2, 1, math.prod(self.grid))
+            return replace(self, grid=(rows, columns))
         if not self.others:
             return self
         from transformers.image_processing_utils import select_best_resolution
@@ -116,8 +137,13 @@ class Tiling:
 
     @property
     def single(self) -> bool:
-        """One view and no overview: `Llava`, not `LlavaNext`."""
+        """One view and no overview."""
         return self.grid == (1, 1)
+
+    @property
+    def varies(self) -> bool:
+        """Whether pictures of different sizes may take different numbers of tokens."""
+        return not self.single and (not self.pad_square or bool(self.others) or self.unshuffle > 1)
 
     @property
     def num_views(self) -> int:
@@ -133,20 +159,27 @@ class Tiling:
         return self.patches_per_side**2
 
     @property
+    def tokens_per_view(self) -> int:
+        """Tokens that the patches of one view become before the connector."""
+        return self.patches_per_view // self.unshuffle**2
+
+    @property
     def max_image_tokens(self) -> int:
         """Tokens of a picture that loses none to padding; of the largest grid where pictures differ."""
+        if self.unshuffle > 1:
+            return self.num_views * self.tokens_per_view
         side = self.patches_per_side
         tiles = max(rows * side * columns * side + rows * side for rows, columns in self.grids)
         return self.patches_per_view + (0 if self.single else tiles)
 
     @property
     def pinpoints(self) -> list[list[int]] | None:
-        """LlavaNext's `image_grid_pinpoints`: (height, width) in pixels that the tiles cover together. Llava: None."""
+        """LlavaNext's `image_grid_pinpoints`: (height, width) in pixels that the tiles cover together. Other classes: None."""
         tile = self.tile_size
-        return None if self.single else [[rows * tile, columns * tile] for rows, columns in self.grids]
+        return None if self.single or self.unshuffle > 1 else [[rows * tile, columns * tile] for rows, columns in self.grids]
 
     def processed_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the picture after `prepare_picture`: what LlavaNext calls the image's size."""
+        """(height, width) of the picture after `prepare_picture`: what stock processors call the image's size."""
         if self._pads_here:
             height = width = max(height, width)
         if self.source_size is not None and max(height, width) > self.source_size:
@@ -156,15 +189,15 @@ class Tiling:
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Tokens that a picture of this size (as the user has it) takes in the language model."""
-        if self.single:
-            return self.patches_per_view
+        if self.single or self.unshuffle > 1:
+            return self.at(height, width).num_views * self.tokens_per_view
         rows, columns = self.at(height, width)._kept_patches(*self.processed_size(height, width))
         return self.patches_per_view + rows * columns + rows
 
     def shows_something(self, height: int, width: int) -> bool:
         """False where LlavaNext removes every token of the tiles (aspect beyond 48:1 at 2x2 of 336)."""
         processed = self.processed_size(height, width)
-        return self.single or min(self.at(height, width)._kept_patches(*processed)) > 0
+        return self.single or self.unshuffle > 1 or min(self.at(height, width)._kept_patches(*processed)) > 0
 
     def views(self, height: int, width: int) -> list[View]:
         """Where each view lies in the user's picture; in the order in which the encoder sees them."""
@@ -178,29 +211,32 @@ class Tiling:
             left = top = 0
             overview = View("overview", (0, 0, width, height), squashed)
             padded_height, padded_width = height, width
-        if self.single:
-            return [overview]
         rows, columns = self.at(height, width).grid
+        if (rows, columns) == (1, 1):
+            return [overview]
         target_height, target_width = rows * self.tile_size, columns * self.tile_size
-        scale = min(target_height / padded_height, target_width / padded_width)
-        pad_y = (target_height - padded_height * scale) / 2
-        pad_x = (target_width - padded_width * scale) / 2
+        scale_y, scale_x = target_height / padded_height, target_width / padded_width
+        if self.unshuffle == 1:
+            scale_y = scale_x = min(scale_y, scale_x)
+        pad_y = (target_height - padded_height * scale_y) / 2
+        pad_x = (target_width - padded_width * scale_x) / 2
 
         def box(row: int, column: int) -> tuple[float, float, float, float]:
             x0, y0 = column * self.tile_size - pad_x, row * self.tile_size - pad_y
             return (
-                x0 / scale - left,
-                y0 / scale - top,
-                (x0 + self.tile_size) / scale - left,
-                (y0 + self.tile_size) / scale - top,
+                x0 / scale_x - left,
+                y0 / scale_y - top,
+                (x0 + self.tile_size) / scale_x - left,
+                (y0 + self.tile_size) / scale_y - top,
             )
 
-        return [overview] + [View(f"{r},{c}", box(r, c)) for r in range(rows) for c in range(columns)]
+        tiles = [View(f"{r},{c}", box(r, c), scale_y != scale_x) for r in range(rows) for c in range(columns)]
+        return [overview, *tiles] if self.unshuffle == 1 else [*tiles, overview]
 
     @property
     def _pads_here(self) -> bool:
-        """Whether `prepare_picture` pads. The stock processor pads a single view, unless it is to be reduced first."""
-        return self.pad_square and (not self.single or self.source_size is not None)
+        """Whether `prepare_picture` pads. Llava's processor pads a single view itself, unless it is to be reduced first."""
+        return self.pad_square and (not self.single or self.source_size is not None or self.unshuffle > 1)
 
     def _kept_patches(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tiles' tokens that LlavaNext keeps; its rounding, term by term."""
@@ -216,15 +252,18 @@ class Tiling:
 
 def image_processor(tiling: Tiling, image_mean: list[float], image_std: list[float]):
     """The stock image processor of this tiling. An assistant's is not the encoder's: nothing is cropped away."""
-    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
+    from transformers import Cohere2VisionImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
 
     size = {"height": tiling.tile_size, "width": tiling.tile_size}
-    common = dict(
-        size=size, crop_size=size, do_center_crop=False, image_mean=list(image_mean), image_std=list(image_std)
-    )
-    if tiling.single:
-        return LlavaImageProcessor(do_pad=tiling.pad_square, **common)
-    processor = LlavaNextImageProcessor(image_grid_pinpoints=tiling.pinpoints, **common)
+    common = dict(size=size, image_mean=list(image_mean), image_std=list(image_std))
+    if tiling.unshuffle > 1:
+        side = tiling.patches_per_side // tiling.unshuffle  # its `patch_size` is a view's side in tokens
+        processor = Cohere2VisionImageProcessor(patch_size=side, crop_to_patches=not tiling.single, max_patches=math.prod(tiling.grid), **common)
+        processor.downsample_factor = tiling.unshuffle
+    elif tiling.single:
+        return LlavaImageProcessor(do_pad=tiling.pad_square, crop_size=size, do_center_crop=False, **common)
+    else:
+        processor = LlavaNextImageProcessor(image_grid_pinpoints=tiling.pinpoints, crop_size=size, do_center_crop=False, **common)
     processor.pad_square = tiling.pad_square  # stock classes carry it along unread; `Tiling.from_processor` reads it
     return processor
 
@@ -266,7 +305,7 @@ def picture_views(picture_CHW: torch.Tensor, tiling: Tiling, image_processor) ->
     if not only_normalizes(image_processor, tiling):
         picture_CHW = prepare_picture(picture_CHW, tiling, image_processor.image_mean)
         pixels = image_processor(picture_CHW, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-        return (pixels if tiling.single else pixels[0]), tuple(picture_CHW.shape[-2:])
+        return (pixels[0] if pixels.dim() == 5 else pixels), tuple(picture_CHW.shape[-2:])
     # (value * rescale - mean) / std as one product and sum, within 3e-7 of the stock arithmetic; view by view, so that they stay in
     # the CPU's cache, and on whole lines, because three colours are too short an axis to be computed fast.
     tile = tiling.tile_size
@@ -304,16 +343,18 @@ def _crops(picture_CHW: torch.Tensor, tiling: Tiling, image_mean: list[float]) -
     picture_CHW = prepare_picture(picture_CHW, tiling, image_mean)
     picture_CHW = picture_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # colours interleaved
     shown_CHW = _padded_to_square(picture_CHW, image_mean) if tiling.single and tiling.pad_square else picture_CHW
-    crops = [_Crop(_resized(shown_CHW, (tile, tile)).permute(1, 2, 0))]
+    overview = _Crop(_resized(shown_CHW, (tile, tile)).permute(1, 2, 0))
+    tiles = []
     if not tiling.single:
         rows, columns = tiling.grid
-        target = (rows * tile, columns * tile)
-        height, width = get_patch_output_size(picture_CHW, target, ChannelDimension.FIRST)
+        height, width = target = (rows * tile, columns * tile)
+        if tiling.unshuffle == 1:
+            height, width = get_patch_output_size(picture_CHW, target, ChannelDimension.FIRST)
         resized_HWC = _resized(picture_CHW, (height, width)).permute(1, 2, 0)
         vertical = _spans(height, (target[0] - height) // 2, rows, tile)
         horizontal = _spans(width, (target[1] - width) // 2, columns, tile)
-        crops += [_Crop(resized_HWC[y, x], top, left) for y, top in vertical for x, left in horizontal]
-    return crops, tuple(picture_CHW.shape[-2:])
+        tiles = [_Crop(resized_HWC[y, x], top, left) for y, top in vertical for x, left in horizontal]
+    return [overview, *tiles] if tiling.unshuffle == 1 else [*tiles, overview], tuple(picture_CHW.shape[-2:])
 
 
 def _spans(length: int, offset: int, count: int, tile: int) -> list[tuple[slice, int]]:
@@ -325,18 +366,22 @@ def _spans(length: int, offset: int, count: int, tile: int) -> list[tuple[slice,
 
 def only_normalizes(image_processor, tiling: Tiling) -> bool:
     """Whether this image processor does what the one that `image_processor` makes for the tiling does."""
-    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
+    from transformers import Cohere2VisionImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
     from transformers.image_utils import PILImageResampling
 
     images, side = image_processor, tiling.tile_size
-    if tiling.single:
+    cropped = tiling.unshuffle == 1 and images.do_center_crop
+    if tiling.unshuffle > 1:
+        most = images.max_patches if images.crop_to_patches else 1
+        same = type(images) is Cohere2VisionImageProcessor and most == math.prod(tiling.grid)
+    elif tiling.single:
         same = type(images) is LlavaImageProcessor and bool(images.do_pad) == tiling.pad_square
     else:
         same = type(images) is LlavaNextImageProcessor and [*map(list, images.image_grid_pinpoints)] == tiling.pinpoints
     return (
         same
-        and (images.size.height, images.size.width, images.crop_size.height) == (side, side, side)
-        and images.do_resize and images.do_rescale and images.do_normalize and not images.do_center_crop
+        and (images.size.height, images.size.width) == (side, side)
+        and images.do_resize and images.do_rescale and images.do_normalize and not cropped
         and images.resample == PILImageResampling.BICUBIC
     )  # fmt: skip
 

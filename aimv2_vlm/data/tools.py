@@ -109,11 +109,11 @@ def _label_page(arguments: argparse.Namespace, conversations: ConversationSet) -
         template = chat.chat_template(kind, image_token, tokenizer.chat_template)
         format_ = chat.ChatFormat(tokenizer, template, image_token)
     tiling = Tiling.parse(arguments.grid or recipe.tiling.grid, tile_size=tile_size, patch_size=patch_size, pad_square=recipe.tiling.pad_square,
-                          source_size=recipe.tiling.source_size)
+                          source_size=recipe.tiling.source_size, unshuffle=recipe.tiling.unshuffle)
     longest = recipe.data.max_length if arguments.recipe else None
     own = f"one of {len(tokenizer):,} tokens trained on these rows, as a decoder from scratch gets; another decoder's (--llm) counts otherwise"
     about = [f"template {kind}; tokenizer: {llm or own}",
-             f"grid {tiling}, {tile_size} px a view, patches of {patch_size} px ({sizes_from}); {f'max_length {longest:,}' if longest else 'no row is cut'}"]
+             f"grid {tiling}, {tile_size} px a view, patches of {patch_size} px{f', {tiling.unshuffle**2} of them a token' * (tiling.unshuffle > 1)} ({sizes_from}); {f'max_length {longest:,}' if longest else 'no row is cut'}"]
     # Which pixels are shown does not depend on the encoder's mean, only how they are normalised.
     data = InstructionDataset(conversations, format_, tiling, image_processor(tiling, IMAGENET_MEAN, IMAGENET_STD), max_length=longest)
     done = label_page.write_label_page(data, arguments.page, about, arguments.num, arguments.seed)

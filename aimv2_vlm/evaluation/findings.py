@@ -142,7 +142,7 @@ class Arm:
 
     @property
     def grid(self) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)x(\d+)", self.tiling)
+        found = re.fullmatch(r"(?:up to )?(\d+)x(\d+)(?: unshuffled)?", self.tiling)
         return (int(found[1]), int(found[2])) if found else (1, 1)
 
 

@@ -1,6 +1,6 @@
 """Greedy answers to questions about pictures: batched, every picture encoded once, equal to one-at-a-time answers.
 
-Works with whatever plain `AutoModelForImageTextToText` + `AutoProcessor` open. Llava and LlavaNext encode a picture once, and
+Works with whatever plain `AutoModelForImageTextToText` + `AutoProcessor` open. Llava, LlavaNext and Cohere2Vision encode a picture once, and
 what the questions of a picture have in common (template, picture) goes through the decoder once: its questions then stand
 beside each other in one row of the decoder, as branches that see the common part and themselves. Whether a decoder takes such
 rows is tried before they are used; one that does not gets the picture's features through stock `generate`. Other classes get
@@ -28,7 +28,9 @@ from aimv2_vlm.config import UserError
 from aimv2_vlm.data.tiling import Tiling, prepare_picture
 from aimv2_vlm.data.transforms import decode_image, to_rgb
 
-FEATURE_SHARING = ("llava", "llava_next")  # config.model_type of the classes that take `mm_encoder_outputs`
+UNSHUFFLING = "cohere2_vision"
+MARKS = ("boi_token", "eoi_token", "img_line_break_token")  # what its processors, but for ours, write around pictures and behind tiles
+FEATURE_SHARING = ("llava", "llava_next", UNSHUFFLING)  # config.model_type of the classes that take `mm_encoder_outputs`
 # At most so many tokens of a batch's common parts go through the decoder at once: what keeps a GPU busy, what stays in a CPU's caches.
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 1024}
 ENCODER_TOKENS = {"cuda": 1 << 30, "cpu": 2048}  # the same of pictures' features and the encoder; one picture at least
@@ -176,8 +178,12 @@ def load_assistant(path: str | Path, precision: str = "auto", device: str | None
     return model.to(device).eval(), processor
 
 
-def tiling_of(model: Any) -> str:
-    """How a checkpoint cuts pictures: "1x1" for one view, "2x2" (rows x columns) for tiles, "1x2+2x1" for a choice."""
+def tiling_of(model: Any, processor: Any) -> str:
+    """How a checkpoint cuts pictures: "1x1" for one view, "2x2" (rows x columns) for tiles, "1x2+2x1" for a choice, "up to 2x2
+    unshuffled" where several patches become one token."""
+    if model.config.model_type == UNSHUFFLING:
+        tiling = Tiling.from_processor(processor)
+        return f"{'' if tiling.single else 'up to '}{tiling} unshuffled"
     pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     if not pinpoints:
         return "1x1"
@@ -187,10 +193,11 @@ def tiling_of(model: Any) -> str:
 
 def set_tiling(model: Any, processor: Any, tiling: str) -> None:
     """Evaluate a LlavaNext checkpoint at another grid than the one it was tuned with, e.g. "3x3". Raises UserError."""
-    if tiling == tiling_of(model):
+    own = tiling_of(model, processor)
+    if tiling == own:
         return
     if model.config.model_type != "llava_next":
-        raise UserError(f"tiling: {tiling} needs a LlavaNext checkpoint, this one sees pictures as {tiling_of(model)}")
+        raise UserError(f"tiling: {tiling} needs a LlavaNext checkpoint, this one sees pictures as {own}")
     vision = model.config.vision_config
     other = Tiling.parse(tiling, tile_size=vision.image_size, patch_size=vision.patch_size)
     if other.single:
@@ -302,7 +309,7 @@ class Generator:
             set_tiling(model, processor, tiling)
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.batch_size, self.max_new_tokens, self.source_size, self.num_workers = batch_size, max_new_tokens, source_size, num_workers
-        sharing = model.config.model_type in FEATURE_SHARING
+        sharing = model.config.model_type in FEATURE_SHARING and not any(getattr(processor, mark, "") for mark in MARKS)
         self.share_features = sharing if share_features is None else share_features and sharing
         if share_prefix is False or not self.share_features:
             self.shares_prefix = False
@@ -322,12 +329,17 @@ class Generator:
 
     @property
     def tiling(self) -> str:
-        return tiling_of(self.model)
+        return tiling_of(self.model, self.processor)
 
     def _check_picture_fits(self) -> None:
-        """One grey square goes through the encoder: wrong processors and over-long pictures fail at load."""
-        pixels = self._pixels([prepare_for(self.processor, Image.new("RGB", (64, 64), "grey"), self.source_size)])
-        self.tiles_per_picture = pixels["pixel_values"].shape[1] if pixels["pixel_values"].dim() == 5 else 1
+        """One grey picture goes through the encoder: wrong processors and over-long pictures fail at load."""
+        if self.model.config.model_type == UNSHUFFLING:  # as many tiles as one can have
+            images = self.processor.image_processor
+            pixels = self._pixels([Image.new("RGB", (images.size["width"] * images.max_patches, images.size["height"]), "grey")])
+            self.tiles_per_picture = len(pixels["pixel_values"])
+        else:
+            pixels = self._pixels([prepare_for(self.processor, Image.new("RGB", (64, 64), "grey"), self.source_size)])
+            self.tiles_per_picture = pixels["pixel_values"].shape[1] if pixels["pixel_values"].dim() == 5 else 1
         (self._grey,) = self._features(pixels)
         if self.num_positions is not None and len(self._grey) >= self.num_positions:
             raise UserError(
@@ -367,13 +379,18 @@ class Generator:
     # ------------------------------------------------------------------ pictures
 
     def _pixels(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-        inputs = self.processor(images=pictures, return_tensors="pt")
-        return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        # Cohere2Vision's processor takes no pictures without text.
+        cut = self.processor.image_processor if self.model.config.model_type == UNSHUFFLING else self.processor
+        inputs = cut(images=pictures, return_tensors="pt")
+        return {name: inputs[name] for name in ("pixel_values", "image_sizes", "num_patches") if name in inputs}
 
     @torch.inference_mode()
     def _features(self, pixels: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Projected features of each picture, (tokens, width of the decoder)."""
         values = pixels["pixel_values"].to(self.model.device, self.model.dtype)
+        if (num_views := pixels.get("num_patches")) is not None:
+            projected_KND = self.model.model.get_image_features(values, return_dict=True).pooler_output
+            return [part.flatten(0, 1) for part in projected_KND.split(num_views.tolist())]
         output = self.model.model.get_image_features(**{**pixels, "pixel_values": values}, return_dict=True)
         return list(output.pooler_output)
 
@@ -754,7 +771,8 @@ class Generator:
         if parts:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=parts)}
+            together = torch.cat(parts)[None] if self.model.config.model_type == UNSHUFFLING else parts
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=together)}
         return inputs
 
     @torch.inference_mode()

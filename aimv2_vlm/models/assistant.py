@@ -1,4 +1,5 @@
-"""The assistant: encoder, 2-layer MLP connector and language model as a stock Llava or LlavaNext (paper 4.3).
+"""The assistant: encoder, 2-layer MLP connector and language model as a stock Llava or LlavaNext (paper 4.3), or, with fewer
+tokens than patches, as a stock Cohere2Vision.
 
 `build_assistant` sets what stock defaults get wrong for AIMv2: normalised features of all patches, nothing cropped
 away, end and pad tokens that generation obeys. `AssistantForTraining` adds the loss as a sum and a count, and
@@ -39,6 +40,7 @@ def build_assistant(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     pad_square: bool = True,
+    unshuffle: int = 1,
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     max_new_tokens: int = 128,
@@ -46,7 +48,8 @@ def build_assistant(
     layer: int | None = None,
     tokens: str = "all",
 ) -> tuple[nn.Module, Any]:
-    """(model, processor), both stock: `LlavaForConditionalGeneration` for one view, `LlavaNext…` for tiles.
+    """(model, processor), both stock: `LlavaForConditionalGeneration` for one view, `LlavaNext…` for tiles, `Cohere2Vision…` for
+    either with `unshuffle` (`data.tiling`), whose connector is a gated MLP.
 
     encoder: an Aimv2VisionModel or one of the encoders it is compared with (`models.backbone`), used as it is, weights untouched; or a
     checkpoint of any layout. image_size, layer, tokens: what of it the decoder sees, as the keys of `encoder` in a recipe.
@@ -76,7 +79,7 @@ def build_assistant(
                         f"{encoder.config.image_size} px; leave the key out")
     if isinstance(tiling, str):
         sizes = dict(tile_size=encoder.config.image_size, patch_size=encoder.config.patch_size)
-        tiling = tilings.Tiling.parse(tiling, pad_square=pad_square, **sizes)
+        tiling = tilings.Tiling.parse(tiling, pad_square=pad_square, unshuffle=unshuffle, **sizes)
     if tiling.tile_size != encoder.config.image_size or tiling.patch_size != encoder.config.patch_size:
         raise UserError(
             f"tiling: tiles of {tiling.tile_size} px with patches of {tiling.patch_size}, but the encoder takes "
@@ -97,7 +100,8 @@ def build_assistant(
     )
     llm = _open_llm(llm, llm_config, tokenizer, attention, dtype)
     _grow_embeddings(llm, len(tokenizer))
-    model = _join(encoder.to(dtype), llm, tiling.pinpoints, format_.image_token_id, tiling.patches_per_view, *_stock_reading(encoder, layer, tokens))
+    reading = _stock_reading(encoder, layer, tokens, tiling.unshuffle)
+    model = _join(encoder.to(dtype), llm, tiling, format_.image_token_id, *reading)
     model.generation_config = GenerationConfig(
         eos_token_id=format_.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
@@ -140,8 +144,8 @@ def check_context(model: nn.Module, num_image_tokens: int, prompt_tokens: int, m
 def encode_views(model: nn.Module, pixels_KCHW: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """Encoder features (K, N, D) of K views, those that the stock model reads; no gradients unless the encoder is trainable."""
     assistant = _assistant(model)
-    encoder, layer = assistant.model.vision_tower, assistant.config.vision_feature_layer
-    first = 1 if assistant.config.vision_feature_select_strategy == "default" else 0  # CLS, where there is one
+    encoder, layer = assistant.model.vision_tower, getattr(assistant.config, "vision_feature_layer", -1)
+    first = 1 if getattr(assistant.config, "vision_feature_select_strategy", "full") == "default" else 0  # CLS, where there is one
 
     def features(pixels_BCHW: torch.Tensor) -> torch.Tensor:
         if layer == -1 and encoder.config.tie_last_hidden_states:
@@ -320,13 +324,15 @@ class _ProjectedPictures:
         self.none = len(features_KND) == 0 or (pixel_values is not None and len(pixel_values) == 0)
 
     @property
-    def pooler_output(self) -> list[torch.Tensor]:
+    def pooler_output(self) -> list[torch.Tensor] | torch.Tensor:
         features_KND = self.features_KND
         if not len(features_KND):
             config = self.model.config.vision_config
             patches = (config.image_size // config.patch_size) ** 2
             features_KND = features_KND.new_zeros(1, patches, config.hidden_size)
         projected_KND = self.model.multi_modal_projector(features_KND)
+        if projected_KND.dim() == 4:  # unshuffled: rows and columns of tokens
+            return projected_KND.flatten(1, 2)[: 0 if self.none else None]
         newline = getattr(self.model, "image_newline", None)
         if self.none:
             nothing = projected_KND.flatten(0, 1)[:0]
@@ -445,11 +451,11 @@ def _grow_embeddings(llm: nn.Module, num_tokens: int) -> None:
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight)
 
 
-def _stock_reading(encoder: nn.Module, layer: int | None, tokens: str) -> tuple[int, str]:
+def _stock_reading(encoder: nn.Module, layer: int | None, tokens: str, unshuffle: int) -> tuple[int, str]:
     """(vision_feature_layer, vision_feature_select_strategy) by which a stock Llava reads these features of the encoder.
 
     layer None: the last one, normalised, which takes `tie_last_hidden_states`: Llava reads `hidden_states`, whose last entry must be
-    it. Raises UserError where no setting of the stock class gives what is asked for.
+    it. Cohere2Vision (unshuffle > 1) reads nothing but `last_hidden_state`, all of it. Raises UserError where no setting of the stock class gives what is asked for.
     """
     from aimv2_vlm.models.backbone import KINDS, kind_of
 
@@ -467,7 +473,10 @@ def _stock_reading(encoder: nn.Module, layer: int | None, tokens: str) -> tuple[
         raise UserError(f"encoder.kind: {kind}: a stock Llava cannot leave out its {num_prefix - 1} registers")
     if num_prefix and tokens != "patches":
         raise UserError(f"encoder.tokens: all, but CLS of a {name} encoder belongs to no place of the picture; write encoder.tokens: patches")
-    if layer is None and not about.last_is_tied:
+    if unshuffle > 1 and (num_prefix or layer is not None):
+        what = f"layer {layer}" if layer is not None else "CLS"
+        raise UserError(f"tiling.unshuffle: the stock class reads all of the last layer, normalised: {what} of a {name} encoder is nothing it could leave out or choose")
+    if unshuffle == 1 and layer is None and not about.last_is_tied:
         raise UserError(f"encoder.layer: null, but a stock Llava reads a {name} encoder before its last norm only; write -1, or -2 as LLaVA does for CLIP")
     num_blocks = len(encoder.get_submodule(about.blocks))
     if layer is not None and not -num_blocks - 1 <= layer <= num_blocks:
@@ -477,31 +486,35 @@ def _stock_reading(encoder: nn.Module, layer: int | None, tokens: str) -> tuple[
 
 
 def _join(
-    encoder: nn.Module, llm: nn.Module, pinpoints: list[list[int]] | None, image_token_id: int, num_patches: int, layer: int, strategy: str
+    encoder: nn.Module, llm: nn.Module, tiling: Tiling, image_token_id: int, layer: int, strategy: str
 ) -> nn.Module:
     """The stock model around existing parts; only the connector is new (torch's default initialisation)."""
     from transformers import (
+        Cohere2VisionConfig,
+        Cohere2VisionForConditionalGeneration,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaNextConfig,
         LlavaNextForConditionalGeneration,
     )
 
-    common = dict(
-        vision_config=encoder.config,
-        text_config=llm.config,
+    pinpoints, width = tiling.pinpoints, llm.config.hidden_size
+    common = dict(vision_config=encoder.config, text_config=llm.config, tie_word_embeddings=llm.config.tie_word_embeddings)
+    llava = dict(
         image_token_index=image_token_id,
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
-        image_seq_length=num_patches,
-        tie_word_embeddings=llm.config.tie_word_embeddings,
+        image_seq_length=tiling.patches_per_view,
     )
     with torch.device("meta"):  # the parts are put in place, so an 8B decoder is never made twice
-        if pinpoints is None:
-            model = LlavaForConditionalGeneration(LlavaConfig(**common))
+        if tiling.unshuffle > 1:
+            gated = dict(downsample_factor=tiling.unshuffle, alignment_intermediate_size=2 * width)  # half of it is the gate
+            model = Cohere2VisionForConditionalGeneration(Cohere2VisionConfig(**common, **gated, image_token_id=image_token_id))
+        elif pinpoints is None:
+            model = LlavaForConditionalGeneration(LlavaConfig(**common, **llava))
         else:
-            model = LlavaNextForConditionalGeneration(LlavaNextConfig(**common, image_grid_pinpoints=pinpoints))
+            model = LlavaNextForConditionalGeneration(LlavaNextConfig(**common, **llava, image_grid_pinpoints=pinpoints))
     if type(model.model.language_model) is not type(llm.base_model):
         raise UserError(f"llm: {type(llm).__name__} does not fit into {type(model).__name__}")
     dtype = next(llm.parameters()).dtype
@@ -515,7 +528,6 @@ def _join(
     for layer in _linears(connector):
         layer.reset_parameters()
     if pinpoints is not None:
-        width = llm.config.hidden_size
         model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
     model.config.dtype = dtype
     model.tie_weights()

@@ -303,7 +303,7 @@ def draw_views(picture: Image.Image, tiling: Tiling | None, padding: tuple[int, 
     canvas = Image.new("RGB", (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))), padding)
     canvas.paste(picture.resize(size), (round(-left * scale), round(-top * scale)))
     pen = ImageDraw.Draw(canvas)
-    for view in reversed(views):  # the overview, which comes first, is drawn last: it lies over the outer edges
+    for view in sorted(views, key=lambda view: view.name == "overview"):  # drawn last: it lies over the outer edges
         x0, y0, x1, y1 = (round((edge - start) * scale) for edge, start in zip(view.box, (left, top, left, top), strict=True))
         colour = OVERVIEW_COLOUR if view.name == "overview" else TILE_COLOUR
         pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=4)

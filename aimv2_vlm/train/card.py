@@ -101,10 +101,12 @@ def _assistant(recipe: SftRecipe, parameters: Mapping[str, int]) -> str:
         imports, put_on = "from peft import PeftModel\n", f'\nmodel = PeftModel.from_pretrained(model, "adapter")  # {recipe.adapter.kind} of rank {recipe.adapter.rank}'
     template = {"own": "the decoder's own chat template"}.get(recipe.llm.template, f"{recipe.llm.template}'s chat template")
     learned = ", ".join(recipe.trainable)
+    unshuffle, most = recipe.tiling.unshuffle, "at most " * (recipe.tiling.unshuffle > 1)
+    views = "in one view" if recipe.tiling.grid == "1x1" else f"as an overview and {most}{recipe.tiling.grid} tiles"
+    views += f", {unshuffle**2} patches a token" * (unshuffle > 1) + ", padded to a square first" * recipe.tiling.pad_square
     return (
         f"An assistant that answers questions about pictures: {_part('encoder', recipe.encoder.path)}, a 2-layer MLP connector and "
-        f"{_part('decoder', recipe.llm.path)}, {_numbers(parameters)}. Learned in this run: {learned}. Pictures are seen "
-        f"{'in one view' if recipe.tiling.grid == '1x1' else f'as an overview and {recipe.tiling.grid} tiles'}{', padded to a square first' if recipe.tiling.pad_square else ''}; {template}.\n\n"
+        f"{_part('decoder', recipe.llm.path)}, {_numbers(parameters)}. Learned in this run: {learned}. Pictures are seen {views}; {template}.\n\n"
         f"```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         f'model, processor = AutoModelForImageTextToText.from_pretrained("."), AutoProcessor.from_pretrained("."){put_on}\n```'
     )

@@ -395,7 +395,7 @@ def build_from_recipe(recipe: SftRecipe, tokenizer: Path | None) -> tuple[torch.
              "initializer_range": max(0.02, llm.hidden_size**-0.5)}
     assistant, processor = build_assistant(
         encoder, llm.path, recipe.tiling.grid, tokenizer=tokenizer, llm_config=sizes, template=llm.template, image_mean=mean,
-        image_std=std, pad_square=recipe.tiling.pad_square, attention=llm.attention,
+        image_std=std, pad_square=recipe.tiling.pad_square, unshuffle=recipe.tiling.unshuffle, attention=llm.attention,
         image_size=recipe.encoder.image_size, layer=recipe.encoder.layer, tokens=recipe.encoder.tokens,
     )
     if recipe.connector_path is not None:
