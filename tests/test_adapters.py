@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_TUNING, run_cli
+from conftest import run_cli
 from safetensors.torch import load_file
 from test_assistant import GRIDS, arguments, build, data, dataset, tokenizer_folder  # noqa: F401
 from test_training import assert_same_weights, tuning

@@ -11,7 +11,7 @@ from aimv2_vlm.config import Objective, Optimizer, TextTower
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.encoder import build_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
-from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, encoder_flops, scored_places
+from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, encoder_flops
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.sweep import digest_checkpoint, failure, is_missing, read_ledger, write_rows
+from aimv2_vlm.evaluation.sweep import digest_checkpoint, failure, is_missing, names_of, read_ledger, write_rows
 from aimv2_vlm.train.directory import acquire_lock, versions
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import Stopped
@@ -48,24 +48,11 @@ def known_before(model_path: str, read_data: Callable[[], str]) -> list[str] | U
 
 
 def check_names(models: Sequence[Any], data_sets: Sequence[Any], out: str | None) -> tuple[list[str], list[str]]:
-    """(names of models, names of data sets); without `name` a model is called by its folder, a set by `title`, `name` or folder.
-
-    Raises UserError where the config names none, or one name twice.
-    """
+    """(names of models, names of data sets) as `names_of` gives them. Raises UserError where the config names none."""
     for key, entries in (("models", models), ("data_sets", data_sets), ("out", out)):
         if not entries:
             raise UserError(f"{key}: empty; an evaluation needs models, data_sets and where to write")
-    names: list[list[str]] = [[], []]
-    for key, entries, found in (("models", models, names[0]), ("data_sets", data_sets, names[1])):
-        for entry in entries:
-            if not entry.path:
-                raise UserError(f"{key}: {entry.name or 'an entry'} has no path")
-            folder = Path(entry.path)
-            name = getattr(entry, "title", "") or entry.name or (folder.parent.name if folder.name == "final" else folder.name)
-            if name in found:
-                raise UserError(f"{key}: the name {name} occurs twice; give each entry its own {'title' if hasattr(entry, 'title') else 'name'}")
-            found.append(name)
-    return names[0], names[1]
+    return names_of("models", models), names_of("data_sets", data_sets)
 
 
 def run_cells(

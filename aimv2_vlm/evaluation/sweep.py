@@ -102,18 +102,25 @@ def is_missing(path: str) -> bool:
     return not Path(path).expanduser().exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1)
 
 
-def _models(config: Any) -> list[Model]:
-    models: list[Model] = []
-    for entry in config.models:
+def names_of(key: str, entries: Sequence[Any]) -> list[str]:
+    """Names of a config's entries: `title` or `name`, else the folder. Raises UserError for an entry without path and a name used twice."""
+    names: list[str] = []
+    for entry in entries:
         if not entry.path:
-            raise UserError(f"models: {entry.name or 'an entry'} has no path")
+            raise UserError(f"{key}: {entry.name or 'an entry'} has no path")
         folder = Path(entry.path)
-        name = entry.name or (folder.parent.name if folder.name == "final" else folder.name)
-        if name in [model.name for model in models]:
-            raise UserError(f"models: the name {name} occurs twice; give each entry its own name")
-        digest = digest_checkpoint(entry.path)
-        models.append(Model(name, str(entry.path), entry.source_size, entry.tiling, digest))
-    return models
+        name = getattr(entry, "title", "") or entry.name or (folder.parent.name if folder.name == "final" else folder.name)
+        if name in names:
+            raise UserError(f"{key}: the name {name} occurs twice; give each entry its own {'title' if hasattr(entry, 'title') else 'name'}")
+        names.append(name)
+    return names
+
+
+def _models(config: Any) -> list[Model]:
+    return [
+        Model(name, str(entry.path), entry.source_size, entry.tiling, digest_checkpoint(entry.path))
+        for name, entry in zip(names_of("models", config.models), config.models, strict=True)
+    ]
 
 
 def _settings(config: Any) -> dict[str, Any]:
