@@ -429,6 +429,7 @@ class ProbeRecipe(ProbeSettings, Common):
     """An attentive probe on a frozen encoder: one learning rate and weight decay, or a `grid` of them on the same batches."""
 
     encoder: FrozenEncoder = field(default_factory=FrozenEncoder)
+    judge_native: bool = False  # pictures to judge whole, at their own size and aspect (sin-cos positions only); those to learn from stay crops
     data: LabelledData = field(default_factory=LabelledData)
     grid: list[list[float]] = field(default_factory=list)  # pairs of lr and weight_decay, instead of optim's
 
@@ -438,6 +439,7 @@ class ProbedModel(FrozenEncoder):
     """A model of a probing evaluation, called `name` or by its folder."""
 
     name: str = ""
+    judge_native: bool = False  # as in a probe's recipe
 
 
 @dataclass

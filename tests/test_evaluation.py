@@ -277,6 +277,11 @@ def test_unusable_checkpoints_are_refused_in_one_line(tmp_path, assistants):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 weights are missing.*linear_1"):
         load_assistant(folder)
+    folder = shutil.copytree(assistants[1], tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded as an assistant"):
+        load_assistant(folder)
     folder = shutil.copytree(assistants[1], tmp_path / "speechless")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="chat template"):

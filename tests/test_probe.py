@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from aimv2_vlm.config import FrozenEncoder, LabelledData, Loop, Optimizer, ProbeAugmentation, ProbeRecipe, UserError
 from aimv2_vlm.data import augmentation
 from aimv2_vlm.data.labelled import FrozenFeatures, LabelledDataset, open_splits, read_split, training_transform
+from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.order import Draws
-from aimv2_vlm.data.transforms import EvalTransform, decode_image
+from aimv2_vlm.data.transforms import EvalTransform, decode_image, normalize
 from aimv2_vlm.evaluation import probing
 from aimv2_vlm.models.backbone import load_backbone
 from aimv2_vlm.models.encoder import build_encoder, encode, load_encoder
@@ -243,6 +245,52 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre_as_torchvision
     image = torch.randint(0, 256, (3, 90, 61), dtype=torch.uint8)
     stock = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(28)])
     assert torch.equal(EvalTransform(28, 32)(image), stock(image))
+
+
+def test_whole_pictures_keep_their_size_in_patches_and_are_bounded():
+    whole = WholePicture(14)
+    assert [tuple(whole(torch.zeros(3, h, w, dtype=torch.uint8)).shape[1:]) for h, w in ((28, 42), (30, 50), (1, 1), (6, 90))] == [
+        (28, 42), (28, 56), (14, 14), (14, 84)]  # fmt: skip
+    same = torch.randint(0, 256, (3, 28, 42), dtype=torch.uint8)
+    assert torch.equal(whole(same), same) and whole.max_patches == 4096
+    height, width = whole(torch.zeros(3, 2000, 4000, dtype=torch.uint8)).shape[1:]
+    assert 3900 < height * width / 14**2 <= 4096 and width / height == pytest.approx(2, rel=0.03)
+
+
+def test_pictures_are_judged_at_their_own_size_one_by_one_or_together(tmp_path):
+    folder = tmp_path / "native"
+    build_encoder(image_size=SIZE, hidden_size=WIDTH, intermediate_size=48, num_layers=1, num_heads=HEADS, position_embedding="sincos",
+                  generator=torch.Generator().manual_seed(0)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    root = write_folder(tmp_path / "data", {"train": 8, "test": 4})
+    sizes = [(28, 28), (56, 28), (30, 70), (28, 28)]
+    for label, colour in COLORS.items():
+        for number, (height, width) in enumerate(sizes):
+            path = root / "test" / label / f"{number}.png"
+            Image.open(io.BytesIO(picture(colour, 7 * number))).resize((width, height)).save(path)
+    (root / "test" / "red" / "0.png").write_bytes(b"no picture")
+    recipe = a_recipe(folder, root, tmp_path / "out", policy="none", steps=12, max_bad_fraction=0.5)
+    recipe.judge_native, recipe.encoder.batch_size = True, 5
+    result = probing.probe(recipe)
+    model, classes = probing.load_probe(tmp_path / "out" / "final")
+    right = {}
+    for label in COLORS:  # each picture by hand
+        for path in sorted((root / "test" / label).iterdir()):
+            if path.stat().st_size > 20:
+                pixels = WholePicture(14)(decode_image(path.read_bytes()))
+                logits = model(normalize(pixels, [0.5] * 3, [0.25] * 3)[None])
+                right[f"test/{label}/{path.name}"] = int(classes[logits.argmax().item()] == label)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {sample["name"]: sample["right"] for sample in samples} == right and len(right) == 11
+    patches = [4, 8, 2 * 5, 4] * 3
+    assert result["num_tokens"] == round(sum(patches[1:]) / 11, 1) and result["num_bad"] == 1 and "own size" in result["features"]
+    fixed = tmp_path / "fixed"
+    build_encoder(image_size=SIZE, hidden_size=WIDTH, intermediate_size=48, num_layers=1, num_heads=HEADS).save_pretrained(fixed)
+    shutil.copy(folder / "preprocessor_config.json", fixed)
+    refused = a_recipe(fixed, root, tmp_path / "refused", max_bad_fraction=0.5)
+    refused.judge_native = True
+    with pytest.raises(UserError, match="^judge_native: .* positions for one size"):
+        probing.probe(refused)
 
 
 def test_a_bad_picture_is_a_hole_that_is_named(tmp_path, encoder_path):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from aimv2_vlm.config import LabelledData, ProbeAugmentation, UserError
 from aimv2_vlm.data.augmentation import AugmentedTransform
+from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.order import Order, combine, draws
 from aimv2_vlm.data.recognition import Row, find_split, split_differs
 from aimv2_vlm.data.shards import IMAGE_EXTENSIONS
@@ -305,12 +306,12 @@ class FrozenFeatures:
 class LabelledDataset:
     """Rows of labelled pictures: `microbatch` in the order of training, `evaluation` in stored order.
 
-    A batch: pixels uint8 (B, 3, S, S) or features (B, N, D); labels int64 (B,); weights float32 (B,), 0 for a hole (a
+    A batch: pixels uint8 (B, 3, S, S) (B, 3, H, W for `WholePicture`) or features (B, N, D); labels int64 (B,); weights float32 (B,), 0 for a hole (a
     picture that cannot be decoded: blank, label 0); bad: list of 'name: reason'. With `features` nothing is decoded.
     """
 
     def __init__(
-        self, pictures: Sequence[Picture], classes: Sequence[str], seed: int, evaluation: EvalTransform,
+        self, pictures: Sequence[Picture], classes: Sequence[str], seed: int, evaluation: EvalTransform | WholePicture,
         training: AugmentedTransform | None = None, features: FrozenFeatures | None = None,
     ):
         self.pictures, self.seed, self.features = pictures, seed, features
@@ -323,13 +324,24 @@ class LabelledDataset:
 
     def microbatch(self, positions: Iterable[int]) -> dict[str, Any]:
         """The training rows at global positions; every epoch in a new order, every draw from (seed, position)."""
-        return self._batch([(self.pictures[self.order.locate(p).sample], p) for p in positions])
+        return self._batch(*self._rows([(self.pictures[self.order.locate(p).sample], p) for p in positions]))
 
     def evaluation(self, numbers: Iterable[int]) -> dict[str, Any]:
-        """Rows by their number in the split."""
-        return self._batch([(self.pictures[number], None) for number in numbers])
+        """Rows by their number in the split; pictures of one size."""
+        return self._batch(*self._rows([(self.pictures[number], None) for number in numbers]))
 
-    def _batch(self, rows: list[tuple[Picture, int | None]]) -> dict[str, Any]:
+    def evaluations(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """The same rows as batches of pictures of one size each, with their numbers."""
+        inputs, labels, weights, bad = self._rows([(self.pictures[number], None) for number in numbers])
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, one in enumerate(inputs):
+            groups[tuple(one.shape)].append(row)
+        for rows in groups.values():
+            taken = ([column[row] for row in rows] for column in (inputs, labels, weights))
+            yield [numbers[row] for row in rows], self._batch(*taken, bad)
+            bad = []  # told once
+
+    def _rows(self, rows: list[tuple[Picture, int | None]]) -> tuple[list[torch.Tensor], list[int], list[float], list[str]]:
         inputs, labels, weights, bad = [], [], [], []
         for picture, position in rows:
             try:
@@ -341,6 +353,9 @@ class LabelledDataset:
                 labels.append(0)
                 weights.append(0.0)
                 bad.append(f"{picture.name}: {error.reason}")
+        return inputs, labels, weights, bad
+
+    def _batch(self, inputs: list[torch.Tensor], labels: list[int], weights: list[float], bad: list[str]) -> dict[str, Any]:
         return {"pixels" if self.features is None else "features": torch.stack(inputs), "labels": torch.tensor(labels),
                 "weights": torch.tensor(weights), "bad": bad}
 
@@ -352,8 +367,7 @@ class LabelledDataset:
         return self.training_transform.decode(picture.read(), draws(self.seed, position, "crop"), draws(self.seed, position, "augment"))
 
     def _blank(self) -> torch.Tensor:
-        size = self.evaluation_transform.size
-        return torch.zeros(3, size, size, dtype=torch.uint8) if self.features is None else self.features.blank
+        return self.evaluation_transform.blank if self.features is None else self.features.blank
 
 
 def training_transform(augment: ProbeAugmentation, size: int, mean: Sequence[float]) -> AugmentedTransform | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -108,6 +109,32 @@ def fit_grid(height: int, width: int, num_patches: int) -> tuple[int, int]:
     return best
 
 
+@dataclass(frozen=True)
+class WholePicture:
+    """A picture at its own size and aspect, its sides rounded to whole patches; reduced to the largest grid of `max_patches` where it
+    has more."""
+
+    patch_size: int
+    max_patches: int = math.floor(2 ** (CENTER + SPREAD))  # the most that pre-training shows
+
+    def __call__(self, picture_CHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, H, W) -> uint8 (3, rows * patch_size, columns * patch_size)."""
+        grid = [max(1, round(side / self.patch_size)) for side in picture_CHW.shape[1:]]
+        if math.prod(grid) > self.max_patches:
+            grid = fit_grid(*picture_CHW.shape[1:], self.max_patches)
+        return _resized(picture_CHW, [side * self.patch_size for side in grid])
+
+    @property
+    def blank(self) -> torch.Tensor:
+        return torch.zeros(3, self.patch_size, self.patch_size, dtype=torch.uint8)
+
+
+def _resized(picture_CHW: torch.Tensor, size: list[int]) -> torch.Tensor:
+    if list(picture_CHW.shape[1:]) == size:
+        return picture_CHW
+    return resize(picture_CHW, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
 def patchify(picture_CHW: torch.Tensor, patch_size: int) -> torch.Tensor:
     """uint8 (3, rows * p, columns * p) -> (rows * columns, 3 * p * p) in raster order; a patch's values in (channel, row,
     column) order, that of the patch embedding's weight."""
@@ -119,10 +146,7 @@ def native_patches(picture_CHW: torch.Tensor, num_patches: int, patch_size: int)
     """uint8 (3, H, W) -> patches uint8 (rows * columns, 3 * p * p) of the picture resized (bicubic, antialiased) to its grid, and
     the grid (rows, columns)."""
     grid = fit_grid(picture_CHW.shape[1], picture_CHW.shape[2], num_patches)
-    size = [side * patch_size for side in grid]
-    if list(picture_CHW.shape[1:]) != size:
-        picture_CHW = resize(picture_CHW, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return patchify(picture_CHW, patch_size), grid
+    return patchify(_resized(picture_CHW, [side * patch_size for side in grid]), patch_size), grid
 
 
 def collate_native(patches: list[torch.Tensor], grids: list[tuple[int, int]], num_patches: int) -> dict[str, torch.Tensor]:

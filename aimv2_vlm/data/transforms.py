@@ -290,6 +290,11 @@ class EvalTransform:
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return pixels[:, top : top + self.size, left : left + self.size].contiguous()
 
+    @property
+    def blank(self) -> torch.Tensor:
+        """What a hole holds."""
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
 
 def normalize(
     pixels: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor

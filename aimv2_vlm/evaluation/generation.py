@@ -164,7 +164,8 @@ def load_assistant(path: str | Path, precision: str = "auto", device: str | None
     apart = adapter.is_dir()
     try:
         # Whether an adapter fits is told by its base's exact weights.
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32 if apart else dtype, output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32 if apart else dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be loaded as an assistant: {_first_line(error)}") from error
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

@@ -41,6 +41,7 @@ from aimv2_vlm.data.labelled import (
     read_split,
     training_transform,
 )
+from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.transforms import EvalTransform
 from aimv2_vlm.evaluation.cells import Cell, check_names, known_before, run_cells
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
@@ -147,7 +148,7 @@ def _cell_recipe(config: ProbingConfig, model: ProbedModel, data: ProbedData) ->
 
     settings = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(ProbeSettings)}
     parts = {"encoder": taken(FrozenEncoder, model), "data": taken(LabelledData, data)}
-    recipe = ProbeRecipe(**settings, **parts, seed=config.seed, precision=config.precision)
+    recipe = ProbeRecipe(**settings, **parts, judge_native=model.judge_native, seed=config.seed, precision=config.precision)
     recipe.optim.batch_size = data.batch_size or recipe.optim.batch_size
     recipe.optim.micro_batch_size = 0  # the batch norm sees a step's rows at once
     recipe.warmup_epochs = recipe.warmup_epochs if data.warmup_epochs is None else data.warmup_epochs
@@ -166,7 +167,7 @@ def ledger_columns(result: dict[str, Any], recipe: ProbeRecipe, placement: Place
         "test_evaluations": result["test_evaluations"], "majority_score": round(100 * chosen["most_frequent_class"], 4),
         "model_path": recipe.encoder.path, "model_digest": chosen["encoder_digest"], "encoder_kind": chosen["encoder_kind"],
         "tokens_per_picture": chosen["num_tokens"], "tiling": None, "source_size": None, "data": recipe.data.path,
-        **{key: chosen[key] for key in ("image_size", "features", "data_hash", "split_sizes", "differs_from_published", "duplicates_kept_in_train",
+        **{key: chosen[key] for key in ("image_size", "judge_native", "features", "data_hash", "split_sizes", "differs_from_published", "duplicates_kept_in_train",
                                         "steps", "batch_size")},
         "augment": recipe.augment.policy, "seed": recipe.seed, "precision": placement.precision,
     }
@@ -281,6 +282,9 @@ class Material:
         self.encoder_digest = digest_checkpoint(section.path)
         self.size = self.encoder.image_size
         self.transform = EvalTransform(self.size, int(self.size / recipe.crop_fraction))
+        self.judged_as = WholePicture(self.encoder.patch_size) if recipe.judge_native else self.transform
+        if recipe.judge_native and not getattr(self.encoder.model.config, "is_native", False):
+            raise UserError(f"judge_native: {section.path} has positions for one size of pictures; name an encoder of the native-resolution stage, or leave it out")
         self.features = self._cached(recipe, placement)
         if placement.is_main:
             report = self.splits.report
@@ -293,7 +297,7 @@ class Material:
         encoder, section = self.encoder, recipe.encoder
         if section.cache == "off" or recipe.augment.policy != "none":
             return None
-        pictures = [*self.splits.train, *self.splits.test]
+        pictures = [*self.splits.train, *([] if recipe.judge_native else self.splits.test)]
         shape, dtype = (encoder.num_tokens, encoder.width), torch.float16 if recipe.cache_dtype == "fp16" else torch.float32
         gigabytes = len(pictures) * math.prod(shape) * dtype.itemsize / 1e9
         if gigabytes > section.cache_limit_gb:
@@ -321,8 +325,9 @@ class Material:
         on_test = recipe.data.judged == "test"
         pictures = (self.splits.train, self.splits.test) if on_test else (self.splits.fit, self.splits.selection)
         augmented = training_transform(recipe.augment, self.size, self.statistics[0])
-        fitted, judged = (LabelledDataset(part, self.splits.classes, recipe.seed, self.transform, augmented, self.features) for part in pictures)
-        return fitted, judged
+        about = self.splits.classes, recipe.seed
+        judging = (self.judged_as, None) if recipe.judge_native else (self.transform, self.features)
+        return LabelledDataset(pictures[0], *about, self.transform, augmented, self.features), LabelledDataset(pictures[1], *about, judging[0], None, judging[1])
 
     def fingerprint(self, recipe: ProbeRecipe, pictures: Sequence[Picture]) -> dict[str, Any]:
         """What the rows of a run depend on: seed, encoder, pictures by content and label."""
@@ -337,10 +342,10 @@ class Material:
         most_frequent = max(trained_on, key=lambda name: trained_on[name])
         return {
             "judged": recipe.data.judged, "lr": optim.lr, "weight_decay": optim.weight_decay, "steps": optim.steps, "batch_size": optim.batch_size,
-            "seed": recipe.seed, "augment": recipe.augment.policy, "image_size": self.size,
+            "seed": recipe.seed, "augment": recipe.augment.policy, "image_size": self.size, "judge_native": recipe.judge_native,
             "cached_features": recipe.cache_dtype if self.features is not None else None,
             "encoder": recipe.encoder.path, "encoder_digest": self.encoder_digest, "encoder_kind": encoder.kind, "layer": recipe.encoder.layer,
-            "tokens": recipe.encoder.tokens, "features": encoder.says, "num_tokens": encoder.num_tokens, "num_heads": encoder.num_heads,
+            "tokens": recipe.encoder.tokens, "features": encoder.says + "; judged at each picture's own size" * recipe.judge_native, "num_heads": encoder.num_heads,
             "data": recipe.data.path, "data_hash": content_hash([*splits.train, *splits.test]),
             "split_sizes": {"trained_on": len(fitted), "selection": len(splits.selection), "test": len(splits.test)},
             "duplicates_dropped_from_train": len(splits.report["duplicates_dropped_from_train"]),
@@ -375,25 +380,26 @@ def judge(
     rows = range(placement.rank, len(data), placement.world)
     size, probes = probe_model.batch_size, max(1, len(objective.points))
     outcome = torch.zeros(len(data), probes, 3, dtype=torch.float64, device=placement.device)  # judged, right, cross-entropy
-    bad = []
+    num_tokens, bad = torch.zeros(len(data), dtype=torch.float64, device=placement.device), []
     bar = Progress("judging", len(rows), enabled=placement.is_main, unit="pictures")
     for start in range(0, len(rows), size):
-        numbers = rows[start : start + size]
-        batch = data.evaluation(numbers)
-        with placement.autocast():
-            logits = objective.logits(probe_model, batch, placement.device).float()
-        labels, weights = batch["labels"].to(placement.device), batch["weights"].to(placement.device)
-        found = torch.stack([torch.ones_like(logits[..., 0]), logits.argmax(-1) == labels, entropies(logits, labels)], -1) * weights[:, None]
-        outcome[list(numbers)] = found.view(probes, len(numbers), 3).transpose(0, 1).double()
-        bad += batch["bad"]
+        for numbers, batch in data.evaluations(rows[start : start + size]):
+            with placement.autocast():
+                logits = objective.logits(probe_model, batch, placement.device).float()
+            labels, weights = batch["labels"].to(placement.device), batch["weights"].to(placement.device)
+            found = torch.stack([torch.ones_like(logits[..., 0]), logits.argmax(-1) == labels, entropies(logits, labels)], -1) * weights[:, None]
+            outcome[numbers] = found.view(probes, len(numbers), 3).transpose(0, 1).double()
+            num_tokens[numbers] = batch["weights"].double().to(placement.device) * objective.num_tokens(probe_model, batch)
+            bad += batch["bad"]
         bar.update(min(start + size, len(rows)))
     bar.close()
-    outcome = placement.sum_tensor(outcome).cpu()
+    outcome, num_tokens = placement.sum_tensor(outcome).cpu(), placement.sum_tensor(num_tokens).cpu()
     bad = placement.gather_strings(bad)
     was_judged = outcome[:, 0, 0] > 0
     if not was_judged.any():
         raise UserError(f"data.path: none of {len(data)} pictures to judge can be decoded (first: {bad[0]})")
-    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) for one in outcome.unbind(1)]
+    mean_tokens = float(num_tokens[was_judged].mean())
+    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) | {"num_tokens": round(mean_tokens, 1)} for one in outcome.unbind(1)]
     right = outcome[:, :, 1].int().tolist()
     samples = [{"name": data.pictures[i].name, "label": data.pictures[i].label, "right": right[i] if objective.points else right[i][0]}
                for i in was_judged.nonzero().flatten().tolist()]

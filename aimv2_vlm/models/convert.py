@@ -485,7 +485,7 @@ def _open(folder: Path, content: str) -> torch.nn.Module:
     """What anyone gets from this folder; `UserError` if a weight was missing or left over."""
     if content == PRETRAINING:
         return AIMv2ForPreTraining.from_pretrained(folder)
-    model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True)
     if misfits := {kind: keys for kind, keys in info.items() if keys}:
         raise UserError(f"{folder}: AutoModel does not find every weight: {misfits}")
     return model.eval()

@@ -567,7 +567,7 @@ def stock_logits(
     """Logits (S, A) of what anyone gets from this folder. size: (height, width) of a picture that fills every tile."""
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True)
     if misfits := {kind: keys for kind, keys in info.items() if keys}:
         raise UserError(f"{path}: AutoModelForImageTextToText does not find every weight: {misfits}")
     patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2

@@ -224,6 +224,12 @@ class ProbeObjective:
         rows = self.counts(batch)["classification"]
         return 3 * model.head_flops(rows, self._num_patches(batch)) + (0.0 if "features" in batch else model.encoder.forward_flops(rows))
 
+    def num_tokens(self, model: torch.nn.Module, batch: Batch) -> int:
+        """N of a picture's features."""
+        if "features" in batch:
+            return batch["features"].shape[1]
+        return self._num_patches(batch) + model.encoder.num_tokens - model.encoder.grid_side**2
+
     def _num_patches(self, batch: Batch) -> int:
         if "features" in batch:
             return batch["features"].shape[1]
