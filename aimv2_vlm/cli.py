@@ -63,6 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--samples-per-shard", type=int, default=1000)
     pack.add_argument("--max-bad-fraction", type=float, default=0.01)
 
+    annotations = actions.add_parser("annotations", help="COCO, LVIS or RefCOCO annotations -> JSON lines for data pack, retrieval and detection")
+    annotations.add_argument("path", help="the annotation file")
+    annotations.add_argument("out", help="the rows, one JSON object a picture")
+    annotations.add_argument("--form", required=True, choices=("coco_captions", "coco_instances", "lvis", "refcoco"))
+    annotations.add_argument("--images", required=True, metavar="FOLDER", help="folder of the pictures")
+    annotations.add_argument("--instances", metavar="FILE", help="refcoco: file of the boxes (default: instances.json beside it)")
+    annotations.add_argument("--split", help="refcoco: keep train, val, testA, testB or test")
+    annotations.add_argument("--json", metavar="FILE", help="write the full report here")
+    annotations.add_argument("--max-bad-fraction", type=float, default=0.01)
+
     recaption = actions.add_parser("recaption", help="shards with synthetic captions of any image-text-to-text model, as a field of their .json")
     recaption.add_argument("shards", help="shards (globs and {00000..00010} allowed)")
     recaption.add_argument("out", help="folder for the new shards; a second call goes on where the first was stopped")
@@ -169,8 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "data":
         from aimv2_vlm.data import tools
 
-        work = {"check": tools.check, "pack": tools.pack, "preview": tools.preview, "recaption": tools.recaption}[arguments.action]
-        return work(arguments)
+        return getattr(tools, arguments.action)(arguments)
     if arguments.verb in ("pretrain", "sft", "eval"):
         return run_recipe(arguments)
     if arguments.verb == "scaling":

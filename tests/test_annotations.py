@@ -7,13 +7,15 @@ import pickle
 import sys
 
 import pytest
+from conftest import run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aimv2_vlm.config import UserError
+from aimv2_vlm.config import UserError, ZeroShotData
 from aimv2_vlm.data.annotations import read_coco_captions, read_coco_instances, read_lvis, read_refcoco
 from aimv2_vlm.data.shards import ShardSet, pack
+from aimv2_vlm.evaluation.zeroshot import read_captions
 
 CATEGORIES = [{"id": 3, "name": "dog", "supercategory": "animal"}, {"id": 7, "name": "kite"}]
 
@@ -171,6 +173,20 @@ def test_captions_become_rows_that_can_be_packed(folder, tmp_path):
     found.write_jsonl(folder / "rows.jsonl")
     assert pack(images, folder / "rows.jsonl", tmp_path / "shards")["num_written"] == 2
     assert ShardSet(tmp_path / "shards", {"json:captions": 1.0}).num_samples == [2]
+
+
+def test_the_command_writes_rows_names_what_is_broken_and_ends_with_1_beyond_the_limit(folder):
+    annotations = [{"id": n, "image_id": 1 + n % 2, "caption": f"caption {n}"} for n in range(5)] + [{"id": 9, "image_id": 1, "caption": " "}]
+    path, images = write(folder, {"images": [image(1), image(2)], "annotations": annotations})
+    words = ["data", "annotations", path, folder / "rows.jsonl", "--images", images, "--form"]
+    done = run_cli(*words, "coco_captions", "--json", folder / "report.json", check=False)
+    assert done.returncode == 1 and "bad: annotation 9: empty caption" in done.stdout and "rows.jsonl: 2 rows" in done.stdout
+    assert json.loads((folder / "report.json").read_text())["broken_examples"] == {"empty caption": ["annotation 9"]}
+    data = ZeroShotData(path=str(images), captions=str(folder / "rows.jsonl"))
+    assert [len(texts) for texts in read_captions(data)[1]] == [3, 2]
+    assert run_cli(*words, "coco_captions", "--max-bad-fraction", "0.5").returncode == 0
+    refused = run_cli(*words, "lvis", "--split", "val", check=False)
+    assert refused.returncode == 2 and refused.stderr.strip().endswith("instances and split are for refcoco, not for lvis")
 
 
 def test_lvis_finds_both_splits_and_keeps_its_category_lists(folder):

@@ -106,6 +106,21 @@ class Annotations:
 
 # -------------------------------------------------------------------------------------------------------------- readers
 
+FORMS = ("coco_captions", "coco_instances", "lvis", "refcoco")
+
+
+def read_annotations(
+    form: str, path: str | os.PathLike, images: str | os.PathLike, instances: str | os.PathLike | None = None, split: str | None = None
+) -> Annotations:
+    """By the name of a form, one of FORMS; instances and split as in `read_refcoco`. Raises UserError."""
+    if form not in FORMS:
+        raise UserError(f"{form}: is no form of annotations; choose from {', '.join(FORMS)}")
+    if form == "refcoco":
+        return read_refcoco(path, images, instances, split)
+    if instances is not None or split is not None:
+        raise UserError(f"{path}: instances and split are for refcoco, not for {form}")
+    return {"coco_captions": read_coco_captions, "coco_instances": read_coco_instances, "lvis": read_lvis}[form](path, images)
+
 
 def read_coco_captions(path: str | os.PathLike, images: str | os.PathLike) -> Annotations:
     """COCO's `captions_*.json` with the pictures below `images`; a row per picture that has a caption.

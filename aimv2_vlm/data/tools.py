@@ -129,6 +129,20 @@ def _encoder_sizes(recipe: SftRecipe) -> tuple[int, int, str]:
         return recipe.encoder.image_size or 336, 14, "of the recipe" if recipe.encoder.image_size else "assumed"
 
 
+def annotations(arguments: argparse.Namespace) -> int:
+    """COCO, LVIS or RefCOCO annotations -> JSON lines of one kind; exit status 1 when too many annotations are broken."""
+    from aimv2_vlm.data.annotations import read_annotations
+
+    found = read_annotations(arguments.form, arguments.path, arguments.images, arguments.instances, arguments.split)
+    found.write_jsonl(arguments.out)
+    report = found.report()
+    _write(arguments.json, report)
+    examples = report.pop("broken_examples")
+    _show(report, [f"{what}: {reason}" for reason, names in examples.items() for what in names])
+    print(f"{arguments.out}: {report['num_images']:,} rows")
+    return int(report["num_broken"] > arguments.max_bad_fraction * max(1, report["num_captions"] + report["num_boxes"] + report["num_broken"]))
+
+
 def recaption(arguments: argparse.Namespace) -> int:
     """Shards -> shards with synthetic captions; exit status 1 when too many samples have none."""
     from aimv2_vlm.evaluation.recaption import recaption
