@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--samples-per-shard", type=int, default=1000)
     pack.add_argument("--max-bad-fraction", type=float, default=0.01)
 
-    annotations = actions.add_parser("annotations", help="COCO, LVIS or RefCOCO annotations -> JSON lines for data pack, retrieval and detection")
+    annotations = actions.add_parser("annotations", help="COCO, LVIS or RefCOCO annotations -> JSON lines of one kind; those with captions for data pack and retrieval")
     annotations.add_argument("path", help="the annotation file")
     annotations.add_argument("out", help="the rows, one JSON object a picture")
     annotations.add_argument("--form", required=True, choices=("coco_captions", "coco_instances", "lvis", "refcoco"))
@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = verbs.add_parser(
         "chat", help="talk with an assistant, in the terminal or in a page (--web)",
-        description="Talks with whatever AutoModelForImageTextToText opens; Llava and LlavaNext encode a picture once, others with every question.",
+        description="Talks with whatever AutoModelForImageTextToText opens; Llava, LlavaNext and our Cohere2Vision encode a picture once, others with every question.",
     )
     chat.add_argument("model", help="an assistant's folder, e.g. runs/demo/sft_2x2/final, or a name on the hub")
     chat.add_argument("--image", default=None, help="picture for the conversation")

@@ -185,6 +185,10 @@ def test_the_command_writes_rows_names_what_is_broken_and_ends_with_1_beyond_the
     data = ZeroShotData(path=str(images), captions=str(folder / "rows.jsonl"))
     assert [len(texts) for texts in read_captions(data)[1]] == [3, 2]
     assert run_cli(*words, "coco_captions", "--max-bad-fraction", "0.5").returncode == 0
+    for out, message in ((path, "is read or written for something else"), (path / "below", "cannot be written")):
+        refused = run_cli("data", "annotations", path, out, "--images", images, "--form", "coco_captions", check=False)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+    assert json.loads(path.read_text())["annotations"] == annotations
     refused = run_cli(*words, "lvis", "--split", "val", check=False)
     assert refused.returncode == 2 and refused.stderr.strip().endswith("instances and split are for refcoco, not for lvis")
 

@@ -166,6 +166,13 @@ def test_what_cannot_be_unshuffled_is_refused(grid, unshuffle, message):
         Tiling.parse(grid, tile_size=336, unshuffle=unshuffle)
 
 
+def test_an_unshuffled_picture_is_reduced_as_one_view_only():
+    """The stock class would give the reduced picture fewer tiles, so it would be no control for new pixels."""
+    with pytest.raises(UserError, match="^tiling.source_size: 336 would leave pictures fewer tiles"):
+        Tiling.parse("2x2", tile_size=336, unshuffle=2, source_size=336)
+    assert Tiling.parse("1x1", tile_size=336, unshuffle=2, source_size=112).num_image_tokens(900, 500) == 144
+
+
 def _grid(resolution, tile_size):
     return resolution[0] // tile_size, resolution[1] // tile_size
 

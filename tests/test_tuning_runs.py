@@ -20,7 +20,10 @@ from aimv2_vlm.data import collate
 from aimv2_vlm.data.conversations import ConversationSet
 from aimv2_vlm.data.transforms import BadImage
 from aimv2_vlm.evaluation.generation import Generator, Picture, Question, load_assistant
+from aimv2_vlm.evaluation.plan import picture_tokens
 from aimv2_vlm.recipe import load_recipe
+from aimv2_vlm.serve.chat import Chat, Session, describe
+from aimv2_vlm.serve.web import picture_note
 from aimv2_vlm.train import run
 
 
@@ -51,7 +54,7 @@ def test_an_assistant_with_a_quarter_of_the_tokens_is_tuned_asked_and_kept_apart
     model, processor = load_assistant(out / "final", "fp32", "cpu")
     assert type(model).__name__ == "Cohere2VisionForConditionalGeneration"
     generator = Generator(model, processor, max_new_tokens=4)
-    assert generator.tiling == "up to 2x2 unshuffled" and generator.shares_prefix
+    assert generator.tiling == "up to 4 tiles, unshuffled by 2" and generator.shares_prefix
     side = model.config.vision_config.image_size
     patches = (side // model.config.vision_config.patch_size) ** 2
     questions = [Question("What is shown?", (Picture(n, lambda n=n: Image.new("RGB", (n * side, n * side), "green")),)) for n in (1, 2)]
@@ -59,7 +62,18 @@ def test_an_assistant_with_a_quarter_of_the_tokens_is_tuned_asked_and_kept_apart
     assert generator.tokens_seen == {1: patches // 4, 2: 5 * patches // 4}
     assert all(generator.check(question, answer).ours == answer for question, answer in zip(questions, answers, strict=True))
     card = (out / "final" / "README.md").read_text(encoding="utf-8")
-    assert "an overview and at most 2x2 tiles" in card and "4 patches a token" in card
+    assert "as at most 4 tiles and an overview, 4 patches a token" in card and "gated" in card
+    with pytest.raises(UserError, match="tiling.source_size: 20 would leave"):
+        Generator(model, processor, source_size=20)
+    assert picture_tokens(out / "final") == 5 * patches // 4
+    with pytest.raises(UserError, match="needs a LlavaNext"):
+        picture_tokens(out / "final", "2x2")
+    talk, session, said = Chat(model, processor), Session(), []
+    for n in (1, 2):
+        Image.new("RGB", (n * side, n * side), "green").save(tmp_path / "shown.png")
+        talk.show(session, tmp_path / "shown.png")
+        said.append((describe(talk, session.shown), picture_note(talk, session).endswith("blue: overview")))
+    assert said == [(f"{side} x {side} pixels, {patches // 4} tokens", False), (f"{2 * side} x {2 * side} pixels, 2x2 tiles, {5 * patches // 4} tokens", True)]
     run_cli("data", "check", scenes_root / "conversations" / "conversations.json", "--images", scenes_root / "conversations" / "images",
             "--recipe", out / "recipe.yaml", "--num", "4", "--page", tmp_path / "page.html")
     assert "4 of them a token" in (tmp_path / "page.html").read_text(encoding="utf-8")

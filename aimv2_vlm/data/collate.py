@@ -323,7 +323,8 @@ def distinct_pictures(conversations: ConversationSet) -> list[str]:
 
 
 def _digest(paths: list[str], tiling: Tiling, image_processor, encoder_state: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(f"{CACHE_VERSION} {tiling!r} {image_processor.to_json_string()}".encode())
+    unshuffled = f" unshuffled by {tiling.unshuffle}" * (tiling.unshuffle > 1)  # the same views, but chosen and ordered otherwise
+    digest = hashlib.sha256(f"{CACHE_VERSION} {tiling!r}{unshuffled} {image_processor.to_json_string()}".encode())
     for name, tensor in sorted(encoder_state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -115,7 +115,7 @@ class WholePicture:
     has more."""
 
     patch_size: int
-    max_patches: int = math.floor(2 ** (CENTER + SPREAD))  # the most that pre-training shows
+    max_patches: int = max(patch_budgets())  # the most that the paper's native stage shows
 
     def __call__(self, picture_CHW: torch.Tensor) -> torch.Tensor:
         """uint8 (3, H, W) -> uint8 (3, rows * patch_size, columns * patch_size)."""

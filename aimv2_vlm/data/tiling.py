@@ -9,8 +9,8 @@ LlavaNext itself squashes the overview, pads the tiles black and removes padded 
 picture with the mean colour *before* it, as the paper does, so that nothing is squashed or removed (paper 5.1,
 Figure 5).
 
-`pad_square` on one view is a setting of the stock processor. With tiles stock transformers has no such setting: the
-pixels equal the stock processor's on square pictures, and whoever uses a tiled checkpoint without this package pads
+`pad_square` on one view is a setting of Llava's processor. With tiles, and with `unshuffle`, stock transformers has no such
+setting: the pixels equal the stock processor's on square pictures, and whoever uses such a checkpoint without this package pads
 other pictures first (`prepare_picture` shows how). `pad_square: false` is stock for every picture.
 
 `picture_views` gives the stock processor's own numbers without calling it. Its time goes into unpacking and packing
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from aimv2_vlm.config import UserError
@@ -54,7 +54,8 @@ class Tiling:
     others: further grids (anyres). Each picture takes one of `grid` and these, and what depends on it is asked of
     `at(height, width)`; after pad_square all pictures are squares, so that only their size decides.
     unshuffle: so many by so many patches of a view become one token before the connector. `grid` then says how many tiles
-    a picture has at most, and `at` which it has; one that is no larger than a tile is one view.
+    a picture has at most, and `at` which it has; one that is no larger than a tile is one view. A picture reduced to `source_size`
+    would have fewer tiles, so tiles do not go with it.
     """
 
     grid: tuple[int, int] = (1, 1)
@@ -63,7 +64,7 @@ class Tiling:
     pad_square: bool = True
     source_size: int | None = None
     others: tuple[tuple[int, int], ...] = ()
-    unshuffle: int = 1
+    unshuffle: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         if any(rows < 1 or columns < 1 for rows, columns in self.grids):
@@ -78,6 +79,9 @@ class Tiling:
             raise UserError(f"tiling: source_size {self.source_size} must be at least 1 pixel")
         if self.unshuffle < 1 or self.patches_per_side % self.unshuffle:
             raise UserError(f"tiling.unshuffle: {self.unshuffle} does not divide the {self.patches_per_side} patches of a view's side")
+        if self.unshuffle > 1 and self.source_size is not None and not self.single:
+            raise UserError(f"tiling.source_size: {self.source_size} would leave pictures fewer tiles, not only fewer pixels, with tiling.unshuffle "
+                            f"{self.unshuffle}: the stock class chooses their number by size; write grid 1x1, or unshuffle 1")
 
     @classmethod
     def parse(

@@ -4,8 +4,10 @@ label_page.py and evaluation/recaption.py."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +135,12 @@ def annotations(arguments: argparse.Namespace) -> int:
     """COCO, LVIS or RefCOCO annotations -> JSON lines of one kind; exit status 1 when too many annotations are broken."""
     from aimv2_vlm.data.annotations import read_annotations
 
+    taken = [arguments.path, arguments.instances or Path(arguments.path).with_name("instances.json"), arguments.json]
+    if Path(arguments.out).resolve() in [Path(path).resolve() for path in taken if path]:
+        raise UserError(f"{arguments.out}: is read or written for something else; give the rows a file of their own")
     found = read_annotations(arguments.form, arguments.path, arguments.images, arguments.instances, arguments.split)
-    found.write_jsonl(arguments.out)
+    with _writing(arguments.out):
+        found.write_jsonl(arguments.out)
     report = found.report()
     _write(arguments.json, report)
     examples = report.pop("broken_examples")
@@ -209,11 +215,18 @@ def _write(path: str | None, report: dict) -> None:
 
     if path is None:
         return
+    with _writing(path, "--json "):
+        write_json(Path(path), report)
+
+
+@contextlib.contextmanager
+def _writing(path: str, option: str = "") -> Iterator[None]:
+    """Folders above the file are made; where it cannot be written, one line says so."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(path), report)
+        yield
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror}); choose another file") from None
+        raise UserError(f"{option}{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def _show(report: dict, bad: list[str]) -> None:

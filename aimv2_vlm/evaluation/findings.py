@@ -142,8 +142,13 @@ class Arm:
 
     @property
     def grid(self) -> tuple[int, int]:
-        found = re.fullmatch(r"(?:up to )?(\d+)x(\d+)(?: unshuffled)?", self.tiling)
+        found = re.fullmatch(r"(\d+)x(\d+)", self.tiling)
         return (int(found[1]), int(found[2])) if found else (1, 1)
+
+    @property
+    def varies(self) -> bool:
+        """Whether pictures have different numbers of tiles, so that no `grid` is every picture's."""
+        return "+" in self.tiling or "up to" in self.tiling
 
 
 @dataclass(frozen=True)
@@ -418,7 +423,7 @@ class PrintHeights:
 
     def encoder(self, arm: Arm, benchmark: str, sample: Mapping[str, Any]) -> float | None:
         """Height in the pixels that carry information: a picture reduced first has no more than it was reduced to."""
-        scale = self.scale(arm, benchmark, sample, max(arm.grid))
+        scale = None if arm.varies else self.scale(arm, benchmark, sample, max(arm.grid))
         if scale is None:
             return None
         if arm.source_size is not None:

@@ -180,11 +180,11 @@ def load_assistant(path: str | Path, precision: str = "auto", device: str | None
 
 
 def tiling_of(model: Any, processor: Any) -> str:
-    """How a checkpoint cuts pictures: "1x1" for one view, "2x2" (rows x columns) for tiles, "1x2+2x1" for a choice, "up to 2x2
-    unshuffled" where several patches become one token."""
+    """How a checkpoint cuts pictures: "1x1" for one view, "2x2" (rows x columns) for tiles, "1x2+2x1" for a choice, "up to 4 tiles,
+    unshuffled by 2" where 2 x 2 patches become one token."""
     if model.config.model_type == UNSHUFFLING:
         tiling = Tiling.from_processor(processor)
-        return f"{'' if tiling.single else 'up to '}{tiling} unshuffled"
+        return f"{'one view' if tiling.single else f'up to {tiling.num_views - 1} tiles'}, unshuffled by {tiling.unshuffle}"
     pinpoints = getattr(model.config, "image_grid_pinpoints", None)
     if not pinpoints:
         return "1x1"
@@ -322,7 +322,7 @@ class Generator:
         self.num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.image_id = getattr(model.config, "image_token_id", None)
         self.control_tokens = tuple(self.tokenizer.get_added_vocab())
-        self.tiles_per_picture = 1
+        self.tiles_per_picture = self.patches_per_token = 1
         self.tokens_seen: dict[Hashable, int] = {}  # picture key -> placeholders it took
         self._examples: tuple[list[int], tuple, list] | None = None  # beginning of the last rows, its keys and values
         if self.share_features:
@@ -336,6 +336,7 @@ class Generator:
         """One grey picture goes through the encoder: wrong processors and over-long pictures fail at load."""
         if self.model.config.model_type == UNSHUFFLING:  # as many tiles as one can have
             images = self.processor.image_processor
+            self.patches_per_token = Tiling.from_processor(self.processor, self.source_size).unshuffle ** 2
             pixels = self._pixels([Image.new("RGB", (images.size["width"] * images.max_patches, images.size["height"]), "grey")])
             self.tiles_per_picture = len(pixels["pixel_values"])
         else:
@@ -417,7 +418,7 @@ class Generator:
     def _encode_prepared(self, prepared: dict[Hashable, dict | GenerationError]) -> dict[Hashable, torch.Tensor | GenerationError]:
         """Features of every picture; where a group fails, each member is tried alone so that only the guilty fails."""
         encoded = {key: part for key, part in prepared.items() if isinstance(part, GenerationError)}
-        pictures = min(self.batch_size // self.tiles_per_picture, ENCODER_TOKENS.get(self.model.device.type, 1 << 30) // len(self._grey))
+        pictures = min(self.batch_size // self.tiles_per_picture, ENCODER_TOKENS.get(self.model.device.type, 1 << 30) // (len(self._grey) * self.patches_per_token))
         for group in _chunks([key for key in prepared if key not in encoded], max(1, pictures)):
             for key, features in _isolating(lambda keys: self._features(_stack([prepared[key] for key in keys])), group).items():
                 bad = isinstance(features, GenerationError)

@@ -163,6 +163,10 @@ def picture_tokens(folder: Path, tiling: str | None = None) -> int:
     from aimv2_vlm.data.tiling import Tiling
 
     processor = AutoProcessor.from_pretrained(folder)
+    if hasattr(processor.image_processor, "max_patches"):
+        if tiling:
+            raise UserError(f"{folder}: tiling: {tiling} needs a LlavaNext checkpoint")
+        return Tiling.from_processor(processor).max_image_tokens
     if tiling:
         size = processor.image_processor.size["height"]
         return Tiling.parse(tiling, tile_size=size, patch_size=processor.patch_size).max_image_tokens

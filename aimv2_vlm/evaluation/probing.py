@@ -125,7 +125,7 @@ def evaluate(config: ProbingConfig, restart: bool = False) -> int:
         for set_name, data in zip(data_sets, config.data_sets, strict=True):
             recipe = _cell_recipe(config, model, data)
             settings = recipes.to_dict(recipe)
-            for key in ("out", "train", "grid", "data_root"):
+            for key in ("out", "train", "grid", "data_root", *(() if recipe.judge_native else ("judge_native",))):
                 settings.pop(key)
             known = known_before(model.path, contents[set_name])
             if not isinstance(known, UserError):
@@ -398,8 +398,8 @@ def judge(
     was_judged = outcome[:, 0, 0] > 0
     if not was_judged.any():
         raise UserError(f"data.path: none of {len(data)} pictures to judge can be decoded (first: {bad[0]})")
-    mean_tokens = float(num_tokens[was_judged].mean())
-    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) | {"num_tokens": round(mean_tokens, 1)} for one in outcome.unbind(1)]
+    mean_tokens = round(float(num_tokens[was_judged].mean()), 1)
+    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) | {"num_tokens": int(mean_tokens) if mean_tokens % 1 == 0 else mean_tokens} for one in outcome.unbind(1)]
     right = outcome[:, :, 1].int().tolist()
     samples = [{"name": data.pictures[i].name, "label": data.pictures[i].label, "right": right[i] if objective.points else right[i][0]}
                for i in was_judged.nonzero().flatten().tolist()]

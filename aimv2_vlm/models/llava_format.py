@@ -73,7 +73,8 @@ def _fill_connector(model: nn.Module, state: checkpoints.State, source: str) -> 
         ("gives embeddings", "decoder", state["linear_2.weight"].shape[0], connector.linear_2.weight.shape[0]),
     ):
         if given != wanted:
-            raise UserError(f"{source}: {what} {given} wide, but the {part} here is {wanted} wide: it was trained for another {part}")
+            raise UserError(f"{source}: {what} {given} wide, but the {part} here is {wanted} wide: it was trained for another {part}"
+                            + " or another tiling.unshuffle" * (part == "encoder"))
     checkpoints.load_strictly(connector, state, source)
     if newline is not None and getattr(model, "image_newline", None) is not None:
         if newline.shape != model.image_newline.shape:

@@ -102,6 +102,11 @@ class Chat(Generator):
         """Load a checkpoint. Raises UserError."""
         return cls(*load_assistant(path), max_new_tokens)
 
+    def grid_of(self, shown: Shown) -> Tiling | None:
+        """How a picture is cut; None where it is one view or the way is unknown."""
+        chosen = None if self.views is None else self.views.at(shown.height, shown.width)
+        return None if chosen is None or chosen.single else chosen
+
     def show(self, session: Session, source: str | Path, name: str | None = None) -> Image.Image:
         """Begin anew with the picture in this file; returns it, upright RGB. Raises UserError, and then nothing changes."""
         name = name or str(source)
@@ -280,8 +285,8 @@ def obey(model: Chat, session: Session, line: str) -> None:
 def describe(model: Chat, shown: Shown) -> str:
     """One line about a picture: its size, how it is cut, what it costs."""
     parts = [f"{shown.width} x {shown.height} pixels"]
-    if model.views is not None and not model.views.single:
-        parts.append(f"{model.views.at(shown.height, shown.width)} tiles")
+    if (chosen := model.grid_of(shown)) is not None:
+        parts.append(f"{chosen} tiles")
     if shown.num_tokens is not None:
         parts.append(f"{shown.num_tokens} tokens")
     return ", ".join(parts)

@@ -282,7 +282,7 @@ def wrong(reason: Any) -> str:
 def picture_note(model: Chat, session: Session) -> str:
     if session.shown is None:
         return f"no picture yet ({LIMITS})"
-    framed = model.views is not None and not model.views.single
+    framed = model.grid_of(session.shown) is not None
     return harmless(describe(model, session.shown)) + "; orange: tiles, blue: overview" * framed
 
 

@@ -6,6 +6,7 @@ Metadata are the hub's (`huggingface_hub.ModelCard`), so a card that is uploaded
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_card(folder: Path, recipe: PretrainRecipe | SftRecipe, parameters: Map
     task = "image-text-to-text" if tuned else "zero-shot-image-classification" if recipe.objective.name in TWO_TOWERS else "image-feature-extraction"
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag=task, base_model=bases or None,
-        tags=["aimv2", *(["llava"] if tuned else [])], model_name=Path(recipe.out).name, license=recipe.licence or None)
+        tags=["aimv2", *(["llava"] if tuned and recipe.tiling.unshuffle == 1 else [])], model_name=Path(recipe.out).name, license=recipe.licence or None)
     sections = [
         f"# {Path(recipe.out).name}", _assistant(recipe, parameters) if tuned else _encoder(recipe, parameters),
         "## Scores", f"{BEGIN}\n{NO_SCORES}\n{END}",
@@ -101,11 +102,16 @@ def _assistant(recipe: SftRecipe, parameters: Mapping[str, int]) -> str:
         imports, put_on = "from peft import PeftModel\n", f'\nmodel = PeftModel.from_pretrained(model, "adapter")  # {recipe.adapter.kind} of rank {recipe.adapter.rank}'
     template = {"own": "the decoder's own chat template"}.get(recipe.llm.template, f"{recipe.llm.template}'s chat template")
     learned = ", ".join(recipe.trainable)
-    unshuffle, most = recipe.tiling.unshuffle, "at most " * (recipe.tiling.unshuffle > 1)
-    views = "in one view" if recipe.tiling.grid == "1x1" else f"as an overview and {most}{recipe.tiling.grid} tiles"
-    views += f", {unshuffle**2} patches a token" * (unshuffle > 1) + ", padded to a square first" * recipe.tiling.pad_square
+    unshuffle, connector = recipe.tiling.unshuffle, "a 2-layer MLP connector"
+    views = "in one view" if recipe.tiling.grid == "1x1" else f"as an overview and {recipe.tiling.grid} tiles"
+    if unshuffle > 1:
+        connector = "a gated 2-layer connector"
+        most = math.prod(map(int, recipe.tiling.grid.split("x")))
+        views = "in one view" if most == 1 else f"as at most {most} tiles and an overview"
+        views += f", {unshuffle**2} patches a token"
+    views += ", padded to a square first" * recipe.tiling.pad_square
     return (
-        f"An assistant that answers questions about pictures: {_part('encoder', recipe.encoder.path)}, a 2-layer MLP connector and "
+        f"An assistant that answers questions about pictures: {_part('encoder', recipe.encoder.path)}, {connector} and "
         f"{_part('decoder', recipe.llm.path)}, {_numbers(parameters)}. Learned in this run: {learned}. Pictures are seen {views}; {template}.\n\n"
         f"```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         f'model, processor = AutoModelForImageTextToText.from_pretrained("."), AutoProcessor.from_pretrained("."){put_on}\n```'
