@@ -355,3 +355,26 @@ train: {{num_workers: 0, trackers: []}}
     assert not {row["data_hash"] for row in after if row["benchmark"] == "colors"} & {row["data_hash"] for row in rows}
     done = run_cli("eval", config, "kind=guessing", check=False)
     assert done.returncode == 2 and "kind: 'guessing' is none of benchmarks, probing, zero_shot" in done.stderr
+
+
+def test_two_processes_probe_as_one(encoder_path, tmp_path):  # noqa: F811
+    """Rows, statistics of the norm, choice and judgement are those of a single process."""
+    write_folder(tmp_path / "colors", {"train": 12, "test": 5})
+    (tmp_path / "colors" / "test" / "red" / "3.png").write_bytes(b"no picture")
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        words = ["eval", "table3_probing", f"out={out}", "precision=fp32", f"models=[{{name: whole, path: {encoder_path}}}]",
+                 f"data_sets=[{{path: {tmp_path}/colors, max_bad_fraction: 0.5}}]", "lrs=[1e-3, 1e-2]", "weight_decays=[0.05]", "augment.policy=none",
+                 "optim={lr: 1e-3, epochs: 4, batch_size: 12, warmup_steps: 0}", "warmup_epochs=0", "train.log_every=1", "train.num_workers=0", "train.trackers=[]"]  # fmt: skip
+        run_cli(*words, *(["--processes", "2"] if processes == 2 else []), check=False)
+        [row] = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+        [found] = out.glob("runs/*/result.json")
+        [losses] = [[json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("runs/*/test_grid/metrics.jsonl")]
+        results.append((row, json.loads(found.read_text()), [line["loss"] for line in losses if "loss" in line]))
+    (one, chosen_one, losses_one), (two, chosen_two, losses_two) = results
+    same = ("score", "interval", "best_on_test", "selection_score", "lr", "num_questions", "num_errors", "split_sizes", "tokens_per_picture")
+    assert {key: one[key] for key in same} == {key: two[key] for key in same} and one["num_errors"] == 1 and one["num_questions"] == 14
+    assert chosen_one["selected"]["loss"] == pytest.approx(chosen_two["selected"]["loss"], rel=1e-5)
+    assert len(losses_one) == len(losses_two) == 12
+    torch.testing.assert_close(torch.tensor(losses_one), torch.tensor(losses_two), rtol=2e-6, atol=2e-6)
