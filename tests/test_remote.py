@@ -4,11 +4,13 @@ import functools
 import http.server
 import multiprocessing
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import fsspec
 import pytest
+from conftest import run_cli
 
 from aimv2_vlm.config import ImageInput, PairSource, UserError
 from aimv2_vlm.data import remote as remote_module
@@ -18,6 +20,7 @@ from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.remote import ShardCache, check_url, find
 from aimv2_vlm.data.shards import ShardSet, write_shards
 from test_shards import picture, read_all
+from test_training import assert_same_weights, pretraining
 
 
 @pytest.fixture
@@ -189,6 +192,30 @@ def test_processes_share_the_copies(local, server, tmp_path):
     for process in processes:
         process.join()
     assert sorted(server.gets) == sorted({path for path in server.gets}) and len(server.gets) == 6
+
+
+def test_a_run_from_urls_that_loses_its_cache_ends_with_a_local_runs_weights(scenes_root, tmp_path):
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(scenes_root)))
+    server.gets = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    run_cli(*pretraining(scenes_root, tmp_path / "here"))
+
+    def source(folder, name):
+        shards = sorted(path.name for path in (scenes_root / folder).glob("*.tar"))
+        assert shards == [f"{number:05d}.tar" for number in range(len(shards))]
+        return f"{{name: {name}, path: 'http://127.0.0.1:{server.server_port}/{folder}/{{00000..{len(shards) - 1:05d}}}.tar'"
+
+    words = pretraining(
+        scenes_root, tmp_path / "there", f"data.shard_cache={tmp_path}/cache", f"data.validation=[{source('held_out', 'held_out')}}}]",
+        f"data.sources=[{source('shards', 'scenes')}, caption: {{txt: 0.9, 'json:synthetic': 0.1}}}}]")  # fmt: skip
+    run_cli(*words, "train.stop_after=3")
+    shutil.rmtree(tmp_path / "cache")
+    fetched = len(server.gets)
+    run_cli(*words)
+    assert 0 < fetched < len(server.gets)
+    assert_same_weights(tmp_path / "here" / "final", tmp_path / "there" / "final")
+    server.shutdown()
+    server.server_close()
 
 
 # --- read-ahead
