@@ -37,8 +37,10 @@ def demo(out: str, seed: int = 0, split: str = "test", overrides: Mapping[str, S
     encoder = [f"encoder.path={root / 'pretrain' / 'final'}"]
     for grid in ARMS:
         clock.stage(f"tuning {grid}", lambda grid=grid: train("sft", f"demo_scenes_{grid}", keys("sft", f"sft_{grid}", encoder)))
-    evaluation: EvalConfig = load_recipe("eval", "demo_scenes", keys("eval", "eval", model_overrides(root)))
     from aimv2_vlm.evaluation.sweep import run_sweep
+    from aimv2_vlm.train import launch
+
+    evaluation: EvalConfig = load_recipe("eval", "demo_scenes", keys("eval", "eval", [f"processes={launch.cpu_processes()}", *model_overrides(root)]))
 
     code = clock.stage("evaluation", lambda: run_sweep(evaluation, progress=say))
     from aimv2_vlm.evaluation.report import write_report

@@ -8,7 +8,8 @@ the pattern, comparing every shard's size and time with the manifest, order, ent
 index does, walking to it: webdataset's rate over 100,000 samples (no decoding), extrapolated, where webdataset is
 installed. Equal: the entry is the one that was written.
 
-shards: JPEGs of 500x375 and 1600x1200 in shards to a uint8 batch of 224 px with two worker processes, in exact and in fast mode, against webdataset
+shards: JPEGs of 500x375 and 1600x1200 (scikit-learn's two photographs, enlarged where need be; and pictures full of fine grain, whose decoding nothing
+shortens) in shards to a uint8 batch of 224 px with two worker processes, in exact and in fast mode, against webdataset
 with open_clip's training transform (fp32 batch); both random crops of the same distribution. Equal: both sides deliver
 every sample once. Needs webdataset and open_clip_torch (the extra `bench`).
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +36,7 @@ from typing import Any
 
 import numpy as np
 from record import record
+from transforms import load_photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SHARDS, PER_SHARD, POSITION = 10_000, 1_000, 5_000_000
@@ -166,8 +169,9 @@ def seek(rounds: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------- shards
 
 
-def photographs(folder: Path, size: tuple[int, int], count: int, data: Path | None) -> None:
-    """Shards of JPEGs of quality 90: photographs from `data` brought to `size`, else smooth noise with some texture."""
+def write_pictures(folder: Path, size: tuple[int, int], count: int, kind: str, data: Path | None) -> None:
+    """Shards of JPEGs of quality 90. kind: `photographs` from `data` brought to `size`, without it windows of scikit-learn's two; or
+    `grain`, smooth noise with texture."""
     from PIL import Image, ImageOps
 
     from aimv2_vlm.data.shards import write_shards
@@ -176,6 +180,7 @@ def photographs(folder: Path, size: tuple[int, int], count: int, data: Path | No
     generator = np.random.default_rng(0)
     made = []
     files = sorted(path for path in data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if data else []
+    ours = load_photographs(None, 2)[0] if kind == "photographs" and not data else []
     if data and len(files) < 16:
         raise SystemExit(f"--data {data}: holds {len(files)} pictures, 16 are needed")
     for number in range(16):
@@ -183,6 +188,14 @@ def photographs(folder: Path, size: tuple[int, int], count: int, data: Path | No
         if files:
             with Image.open(files[number * len(files) // 16]) as image:
                 ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
+            made.append(buffer.getvalue())
+            continue
+        if ours:
+            photograph = ours[number % 2]
+            wide, high = photograph.width * 9 // 10, photograph.height * 9 // 10
+            left, top = (photograph.width - wide) * (number // 2) // 7, (photograph.height - high) * (number // 2) // 7
+            window = photograph.crop((left, top, left + wide, top + high))
+            ImageOps.fit(window, size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
             made.append(buffer.getvalue())
             continue
         small = Image.fromarray(generator.integers(0, 255, (height // 25, width // 25, 3), dtype=np.uint8))
@@ -277,10 +290,11 @@ class Side:
 
 
 def shards(rounds: int, data: Path | None) -> None:
-    for size, count in (((500, 375), 384), ((1600, 1200), 96)):
+    kinds = ("photographs",) if data else ("photographs", "grain")
+    for (size, count), kind in itertools.product((((500, 375), 384), ((1600, 1200), 96)), kinds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            photographs(folder, size, count, data)
+            write_pictures(folder, size, count, kind, data)
             mean_bytes = sum(path.stat().st_size for path in folder.glob("*.tar")) // count
             sides = {mode: Side(ours_loader(folder, count, 12, mode), count) for mode in ("exact", "fast")} | {"peer": Side(peer_loader(folder, 12), count)}
             for _ in range(rounds):
@@ -290,9 +304,9 @@ def shards(rounds: int, data: Path | None) -> None:
         for mode, ours in sides.items():
             cpu = statistics.median(ours.cpu), statistics.median(peer.cpu)
             report(
-                f"shards to batch, {size[0]}x{size[1]} JPEG, 2 workers, {mode}", statistics.median(ours.rates), statistics.median(peer.rates),
+                f"shards to batch, {size[0]}x{size[1]} JPEG, {kind}, 2 workers, {mode}", statistics.median(ours.rates), statistics.median(peer.rates),
                 "samples/s (ours uint8, peer normalised fp32)", ours.equal and peer.equal, rounds=rounds, worker_cpu_ms_per_sample=cpu,
-                cpu_ratio=cpu[1] / cpu[0], pictures="photographs" if data else "synthetic", bytes_per_sample=mean_bytes,
+                cpu_ratio=cpu[1] / cpu[0], pictures=kind, bytes_per_sample=mean_bytes,
             )  # fmt: skip
 
 
@@ -301,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("seek", "shards", "open"), help="one of the two; `open` is one round of seek")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, help="folder of photographs to make the shards of (without: synthetic pictures)")
+    parser.add_argument("--data", type=Path, help="folder of photographs to make the shards of (without: scikit-learn's two, and grain)")
     parser.add_argument("--pattern")
     arguments = parser.parse_args()
     if arguments.what == "open":
