@@ -156,7 +156,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"{shown(word)}: {shown(parent)} was already given a plain value")
-        node[last] = parse_yaml(value, f"override {key}") if value != "" else ""
+        node[last] = parse_yaml(value, f"override {key if len(key) <= 200 else f'{key[:199]}…'}") if value != "" else ""
     return tree
 
 
@@ -169,8 +169,8 @@ def _set_override(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(merged.get(key), list) and isinstance(value, dict) and all(k.isdigit() for k in value):
             items = list(merged[key])
             for index, item in value.items():
-                if int(index) >= len(items):
-                    raise UserError(f"override {key}.{index}: the recipe has {len(items)} entries there (count from 0)")
+                if len(index) > 9 or int(index) >= len(items):
+                    raise UserError(f"override {key}.{index[:200]}: the recipe has {len(items)} entries there (count from 0)")
                 old = items[int(index)]
                 items[int(index)] = _set_override(old, item) if isinstance(old, dict) and isinstance(item, dict) else item
             merged[key] = items
@@ -190,7 +190,7 @@ def _build(cls: type, raw: Any, where: str, file: str, default: Any = None) -> A
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise UserError(f"{file}: unknown key '{name}'; the nearest valid key is '{_join(where, near[0])}'")
+            raise UserError(f"{file}: unknown key {shown(name)}; the nearest valid key is '{_join(where, near[0])}'")
         allowed = fields[key].metadata.get("choices")
         if allowed and value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)

@@ -445,6 +445,15 @@ def test_missing_files_and_folders_are_named(tmp_path):
         open_set(tmp_path / "empty.jsonl")
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_number_longer_than_python_reads_is_its_rows_fault(tmp_path, ending):
+    lines = [json.dumps(row("q", "a", image=None, id=1)), '{"id": ' + "1" * 5000 + ', "conversations": []}', json.dumps(row("q", "b", image=None, id=2))]
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("\n".join(lines) if ending == "jsonl" else "[" + ",\n".join(lines) + "]")
+    rows = ConversationSet([ConversationSource(path=str(path), images=None)])
+    assert len(rows) == 2 and [rejection.reason for _, rejection in rows.rejections()] == ["invalid_json"]
+
+
 def test_too_many_bad_rows_stop_the_run():
     def report(bad, rows):
         return {"rows": rows, "rejected": {"empty_answer": bad}, "sources": [{"path": "x.json"}]}

@@ -626,3 +626,17 @@ def test_check_counts_and_names(tmp_path):
     assert report["bad"][1].startswith("s.tar: e: cannot be decoded")
     assert report["num_duplicate_pictures"] == 1 and report["num_duplicate_keys"] == 0
     assert report["height"]["median"] == 20 and report["width"]["max"] == 24 and report["captions"]["txt"]["words"]["mean"] == 2
+
+
+def test_empty_and_deep_objects_of_a_caption_table_are_packed_as_json(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.png").write_bytes(picture(0))
+    nested: list | dict = {"a": 1}
+    for _ in range(150):
+        nested = [{"d": nested}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "0.png", "caption": "one", "more": {}, "deep": [{"a": {}}], "deeper": nested, "plain": {"a": [1]}}))
+    assert pack(tmp_path / "pictures", rows, tmp_path / "out")["num_written"] == 1
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "00000.parquet").to_pylist()
+    assert json.loads(table[0]["deeper"]) == nested and table[0]["plain"] == {"a": [1]}
+    assert table[0]["more"] == "{}" and json.loads(table[0]["deep"]) == [{"a": {}}]

@@ -297,7 +297,8 @@ def _scan(path: str) -> np.ndarray:
 
 
 def _list_spans(text: str, path: str) -> Iterator[tuple[int, int]]:
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    # Where rows lie does not depend on their numbers, of which Python refuses to read the longest: that is the row's fault, not the file's.
+    decoder, space = json.JSONDecoder(parse_int=len), re.compile(r"[ \t\r\n]*")
     position = 3 if text.startswith("\xef\xbb\xbf") else 0
     position = space.match(text, position).end()
     if text[position : position + 1] != "[":

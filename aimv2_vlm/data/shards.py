@@ -252,6 +252,12 @@ def _write_shard(rows: Iterable[dict], out_dir: Path, shard: int) -> Path:
     return path
 
 
+def _is_deep(value: Any, most: int = 8) -> bool:
+    """Whether objects and lists lie within each other more than `most` times."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inside) and (most == 0 or any(_is_deep(part, most - 1) for part in inside))
+
+
 def _write_parquet(path: Path, rows: list[dict]) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -261,7 +267,11 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
     for name in names:
         values = [row.get(name) for row in rows]
         try:
+            if any(map(_is_deep, values)):  # a type of hundreds of levels takes gigabytes
+                raise pyarrow.ArrowInvalid
             columns[name] = pyarrow.array(values)
+            if "struct<>" in str(columns[name].type):  # parquet has no empty objects
+                raise pyarrow.ArrowInvalid
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):  # mixed types in one field
             columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
     with atomic_file(path) as file:
