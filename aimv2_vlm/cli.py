@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     annotations = actions.add_parser("annotations", help="COCO, LVIS or RefCOCO annotations -> JSON lines of one kind; those with captions for data pack and retrieval")
     annotations.add_argument("path", help="the annotation file")
     annotations.add_argument("out", help="the rows, one JSON object a picture")
-    annotations.add_argument("--form", required=True, choices=("coco_captions", "coco_instances", "lvis", "refcoco"))
+    annotations.add_argument("--form", required=True, help="coco_captions, coco_instances, lvis or refcoco")
     annotations.add_argument("--images", required=True, metavar="FOLDER", help="folder of the pictures")
     annotations.add_argument("--instances", metavar="FILE", help="refcoco: file of the boxes (default: instances.json beside it)")
     annotations.add_argument("--split", help="refcoco: keep train, val, testA, testB or test")

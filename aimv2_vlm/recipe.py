@@ -139,7 +139,11 @@ def _load_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def shown(value: Any, most: int = 200) -> str:
     """What was given, as a message may repeat it: not thousands of characters of it."""
-    text = repr(value)
+    return cut(repr(value), most)
+
+
+def cut(text: str, most: int = 200) -> str:
+    """At most so many characters of a text."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -156,7 +160,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"{shown(word)}: {shown(parent)} was already given a plain value")
-        node[last] = parse_yaml(value, f"override {key if len(key) <= 200 else f'{key[:199]}…'}") if value != "" else ""
+        node[last] = parse_yaml(value, f"override {cut(key)}") if value != "" else ""
     return tree
 
 
@@ -170,7 +174,7 @@ def _set_override(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             items = list(merged[key])
             for index, item in value.items():
                 if len(index) > 9 or int(index) >= len(items):
-                    raise UserError(f"override {key}.{index[:200]}: the recipe has {len(items)} entries there (count from 0)")
+                    raise UserError(f"override {key}.{cut(index)}: the recipe has {len(items)} entries there (count from 0)")
                 old = items[int(index)]
                 items[int(index)] = _set_override(old, item) if isinstance(old, dict) and isinstance(item, dict) else item
             merged[key] = items

@@ -32,9 +32,10 @@ def constant_captions(rows: list[dict[str, Any]], source: str) -> dict[str, str]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         counts[row["label"]].update(row["captions"])
+    ranked = {label: [caption for caption, _ in found.most_common(CANDIDATES)] for label, found in counts.items()}
     best: dict[str, tuple[float, str]] = {}
     for number in range(CANDIDATES):
-        tried = {label: [caption for caption, _ in found.most_common()][number % len(found)] for label, found in counts.items()}
+        tried = {label: captions[number % len(captions)] for label, captions in ranked.items()}
         scores = cider([tried[row["label"]] for row in train], [row["captions"] for row in train])
         sums: dict[str, float] = defaultdict(float)
         for row, score in zip(train, scores, strict=True):

@@ -20,7 +20,6 @@ Medians of interleaved rounds; each line is printed and appended to results/shar
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import multiprocessing
@@ -36,7 +35,7 @@ from typing import Any
 
 import numpy as np
 from record import record
-from transforms import load_photographs
+from transforms import jpeg, load_photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SHARDS, PER_SHARD, POSITION = 10_000, 1_000, 5_000_000
@@ -178,31 +177,26 @@ def write_pictures(folder: Path, size: tuple[int, int], count: int, kind: str, d
 
     width, height = size
     generator = np.random.default_rng(0)
-    made = []
     files = sorted(path for path in data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if data else []
     ours = load_photographs(None, 2)[0] if kind == "photographs" and not data else []
     if data and len(files) < 16:
         raise SystemExit(f"--data {data}: holds {len(files)} pictures, 16 are needed")
-    for number in range(16):
-        buffer = io.BytesIO()
+
+    def picture(number: int) -> Image.Image:
         if files:
             with Image.open(files[number * len(files) // 16]) as image:
-                ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
-            made.append(buffer.getvalue())
-            continue
+                return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
         if ours:
             photograph = ours[number % 2]
             wide, high = photograph.width * 9 // 10, photograph.height * 9 // 10
             left, top = (photograph.width - wide) * (number // 2) // 7, (photograph.height - high) * (number // 2) // 7
-            window = photograph.crop((left, top, left + wide, top + high))
-            ImageOps.fit(window, size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
-            made.append(buffer.getvalue())
-            continue
+            return ImageOps.fit(photograph.crop((left, top, left + wide, top + high)), size, Image.Resampling.LANCZOS)
         small = Image.fromarray(generator.integers(0, 255, (height // 25, width // 25, 3), dtype=np.uint8))
         pixels = np.asarray(small.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
         pixels += generator.normal(0, 6, pixels.shape).astype(np.int16)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    made = [jpeg(picture(number)) for number in range(16)]
     rows = ({"key": None, "image_bytes": made[n % 16], "ext": "jpg", "caption": f"number {n}", "json": {}} for n in range(count))
     write_shards(rows, folder, samples_per_shard=count // 8)
 

@@ -263,19 +263,21 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
     import pyarrow.parquet
 
     names = dict.fromkeys(["key", "caption", *itertools.chain.from_iterable(rows)])
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        try:
-            if any(map(_is_deep, values)):  # a type of hundreds of levels takes gigabytes
-                raise pyarrow.ArrowInvalid
-            columns[name] = pyarrow.array(values)
-            if "struct<>" in str(columns[name].type):  # parquet has no empty objects
-                raise pyarrow.ArrowInvalid
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):  # mixed types in one field
-            columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
     with atomic_file(path) as file:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def _column(values: list[Any]) -> Any:
+    """A field of all rows as a pyarrow array of its own type; as JSON where parquet has none for it."""
+    import pyarrow
+
+    if not any(map(_is_deep, values)):  # a type of hundreds of levels takes gigabytes
+        with contextlib.suppress(pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):  # mixed types in one field
+            column = pyarrow.array(values)
+            if "struct<>" not in str(column.type):  # an empty object
+                return column
+    return pyarrow.array([None if value is None else json.dumps(value) for value in values])
 
 
 # --------------------------------------------------------------------------------------------------------------- tar

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aimv2_vlm.config import UserError
 
@@ -105,7 +105,7 @@ class Tiling:
         pinpoints = getattr(images, "image_grid_pinpoints", None)
         tile_size = images.size["height"]
         if hasattr(images, "max_patches"):
-            most = images.max_patches if images.crop_to_patches else 1
+            most = _max_tiles(images)
             side = math.isqrt(most)
             unshuffle = getattr(images, "downsample_factor", 2)
             grid = (side, side) if side**2 == most else (1, most)
@@ -235,6 +235,10 @@ class Tiling:
             )
 
         tiles = [View(f"{r},{c}", box(r, c), scale_y != scale_x) for r in range(rows) for c in range(columns)]
+        return self._in_order(overview, tiles)
+
+    def _in_order(self, overview: Any, tiles: list) -> list:
+        """As the stock class shows them to the encoder."""
         return [overview, *tiles] if self.unshuffle == 1 else [*tiles, overview]
 
     @property
@@ -358,7 +362,7 @@ def _crops(picture_CHW: torch.Tensor, tiling: Tiling, image_mean: list[float]) -
         vertical = _spans(height, (target[0] - height) // 2, rows, tile)
         horizontal = _spans(width, (target[1] - width) // 2, columns, tile)
         tiles = [_Crop(resized_HWC[y, x], top, left) for y, top in vertical for x, left in horizontal]
-    return [overview, *tiles] if tiling.unshuffle == 1 else [*tiles, overview], tuple(picture_CHW.shape[-2:])
+    return tiling._in_order(overview, tiles), tuple(picture_CHW.shape[-2:])
 
 
 def _spans(length: int, offset: int, count: int, tile: int) -> list[tuple[slice, int]]:
@@ -376,8 +380,7 @@ def only_normalizes(image_processor, tiling: Tiling) -> bool:
     images, side = image_processor, tiling.tile_size
     cropped = tiling.unshuffle == 1 and images.do_center_crop
     if tiling.unshuffle > 1:
-        most = images.max_patches if images.crop_to_patches else 1
-        same = type(images) is Cohere2VisionImageProcessor and most == math.prod(tiling.grid)
+        same = type(images) is Cohere2VisionImageProcessor and _max_tiles(images) == math.prod(tiling.grid)
     elif tiling.single:
         same = type(images) is LlavaImageProcessor and bool(images.do_pad) == tiling.pad_square
     else:
@@ -388,6 +391,11 @@ def only_normalizes(image_processor, tiling: Tiling) -> bool:
         and images.do_resize and images.do_rescale and images.do_normalize and not cropped
         and images.resample == PILImageResampling.BICUBIC
     )  # fmt: skip
+
+
+def _max_tiles(images) -> int:
+    """Most tiles that a Cohere2Vision image processor cuts."""
+    return images.max_patches if images.crop_to_patches else 1
 
 
 def _resized(picture_CHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

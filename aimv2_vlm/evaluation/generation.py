@@ -310,6 +310,7 @@ class Generator:
             set_tiling(model, processor, tiling)
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.batch_size, self.max_new_tokens, self.source_size, self.num_workers = batch_size, max_new_tokens, source_size, num_workers
+        self.unshuffles = model.config.model_type == UNSHUFFLING
         sharing = model.config.model_type in FEATURE_SHARING and not any(getattr(processor, mark, "") for mark in MARKS)
         self.share_features = sharing if share_features is None else share_features and sharing
         if share_prefix is False or not self.share_features:
@@ -334,7 +335,7 @@ class Generator:
 
     def _check_picture_fits(self) -> None:
         """One grey picture goes through the encoder: wrong processors and over-long pictures fail at load."""
-        if self.model.config.model_type == UNSHUFFLING:  # as many tiles as one can have
+        if self.unshuffles:  # as many tiles as one can have
             images = self.processor.image_processor
             self.patches_per_token = Tiling.from_processor(self.processor, self.source_size).unshuffle ** 2
             pixels = self._pixels([Image.new("RGB", (images.size["width"] * images.max_patches, images.size["height"]), "grey")])
@@ -382,7 +383,7 @@ class Generator:
 
     def _pixels(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         # Cohere2Vision's processor takes no pictures without text.
-        cut = self.processor.image_processor if self.model.config.model_type == UNSHUFFLING else self.processor
+        cut = self.processor.image_processor if self.unshuffles else self.processor
         inputs = cut(images=pictures, return_tensors="pt")
         return {name: inputs[name] for name in ("pixel_values", "image_sizes", "num_patches") if name in inputs}
 
@@ -773,7 +774,7 @@ class Generator:
         if parts:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-            together = torch.cat(parts)[None] if self.model.config.model_type == UNSHUFFLING else parts
+            together = torch.cat(parts)[None] if self.unshuffles else parts
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=together)}
         return inputs
 
