@@ -37,12 +37,17 @@ class Cell:
         return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{self.model}__{self.benchmark}") + f"__{self.key[:8]}"
 
 
-def known_before(model_path: str, read_data: Callable[[], str]) -> list[str] | UserError:
-    """[hash of the checkpoint, what `read_data` returns], or why there is none."""
-    if is_missing(model_path):
-        return UserError(f"{model_path}: no such file or folder")
+def checkpoint_content(path: str) -> str:
+    """`digest_checkpoint` of what is there. Raises UserError where nothing is."""
+    if is_missing(path):
+        raise UserError(f"{path}: no such file or folder")
+    return digest_checkpoint(path)
+
+
+def known_before(*reads: Callable[[], str]) -> list[str] | UserError:
+    """What the calls return (the hash of a checkpoint, of a data set), or why one returns nothing."""
     try:
-        return [digest_checkpoint(model_path), read_data()]
+        return [read() for read in reads]
     except UserError as error:
         return error
 

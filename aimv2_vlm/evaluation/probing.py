@@ -43,8 +43,8 @@ from aimv2_vlm.data.labelled import (
 )
 from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.transforms import EvalTransform
-from aimv2_vlm.evaluation.cells import Cell, check_names, known_before, run_cells
-from aimv2_vlm.evaluation.sweep import digest_checkpoint
+from aimv2_vlm.evaluation.cells import Cell, check_names, checkpoint_content, known_before, run_cells
+from aimv2_vlm.evaluation.sweep import digest_checkpoint, mean_tokens
 from aimv2_vlm.models.assistant import image_statistics
 from aimv2_vlm.models.backbone import PROCESSOR_FILES, load_backbone
 from aimv2_vlm.models.encoder import locate
@@ -122,12 +122,13 @@ def evaluate(config: ProbingConfig, restart: bool = False) -> int:
     recipe_of = {}
     contents = {name: cache(partial(split_content, data, data.train, data.test)) for name, data in zip(data_sets, config.data_sets, strict=True)}
     for model_name, model in zip(models, config.models, strict=True):
+        checkpoint_read = cache(partial(checkpoint_content, model.path))
         for set_name, data in zip(data_sets, config.data_sets, strict=True):
             recipe = _cell_recipe(config, model, data)
             settings = recipes.to_dict(recipe)
             for key in ("out", "train", "grid", "data_root", *(() if recipe.judge_native else ("judge_native",))):
                 settings.pop(key)
-            known = known_before(model.path, contents[set_name])
+            known = known_before(checkpoint_read, contents[set_name])
             if not isinstance(known, UserError):
                 known = [*known, settings, config.lrs, config.weight_decays, config.best_on_test, placement.precision]
             recipe_of[Cell(model_name, set_name, known)] = recipe
@@ -325,9 +326,9 @@ class Material:
         on_test = recipe.data.judged == "test"
         pictures = (self.splits.train, self.splits.test) if on_test else (self.splits.fit, self.splits.selection)
         augmented = training_transform(recipe.augment, self.size, self.statistics[0])
-        about = self.splits.classes, recipe.seed
-        judging = (self.judged_as, None) if recipe.judge_native else (self.transform, self.features)
-        return LabelledDataset(pictures[0], *about, self.transform, augmented, self.features), LabelledDataset(pictures[1], *about, judging[0], None, judging[1])
+        fitted = LabelledDataset(pictures[0], self.splits.classes, recipe.seed, self.transform, augmented, self.features)
+        features = None if recipe.judge_native else self.features
+        return fitted, LabelledDataset(pictures[1], self.splits.classes, recipe.seed, self.judged_as, features=features)
 
     def fingerprint(self, recipe: ProbeRecipe, pictures: Sequence[Picture]) -> dict[str, Any]:
         """What the rows of a run depend on: seed, encoder, pictures by content and label."""
@@ -398,8 +399,8 @@ def judge(
     was_judged = outcome[:, 0, 0] > 0
     if not was_judged.any():
         raise UserError(f"data.path: none of {len(data)} pictures to judge can be decoded (first: {bad[0]})")
-    mean_tokens = round(float(num_tokens[was_judged].mean()), 1)
-    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) | {"num_tokens": int(mean_tokens) if mean_tokens % 1 == 0 else mean_tokens} for one in outcome.unbind(1)]
+    about = {"num_tokens": mean_tokens(num_tokens[was_judged].tolist())}
+    verdicts = [_verdict(data, was_judged, one[:, 1].int(), float(one[:, 2].sum()), bad) | about for one in outcome.unbind(1)]
     right = outcome[:, :, 1].int().tolist()
     samples = [{"name": data.pictures[i].name, "label": data.pictures[i].label, "right": right[i] if objective.points else right[i][0]}
                for i in was_judged.nonzero().flatten().tolist()]

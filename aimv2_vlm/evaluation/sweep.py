@@ -102,6 +102,12 @@ def is_missing(path: str) -> bool:
     return not Path(path).expanduser().exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1)
 
 
+def mean_tokens(counts: Sequence[float]) -> float | int:
+    """Of pictures, to one decimal; a whole number where all take the same."""
+    mean = round(float(np.mean(counts)), 1)
+    return int(mean) if mean % 1 == 0 else mean
+
+
 def names_of(key: str, entries: Sequence[Any]) -> list[str]:
     """Names of a config's entries: `title` or `name`, else the folder. Raises UserError for an entry without path and a name used twice."""
     names: list[str] = []
@@ -613,7 +619,6 @@ def _run_cell(
     majority = training.majority(benchmark)
     majority_scores = score_answers(benchmark.metric, majority[: len(rows)], rows) if majority else None
     tokens = list(assistant.tokens_seen.values())
-    mean_tokens = 0 if cell.control == "blind" else round(float(np.mean(tokens)), 1) if tokens else None
     prompts = benchmark.prompts[: len(rows)]
     template = generator.processor.chat_template
     row = {
@@ -624,7 +629,7 @@ def _run_cell(
         "tiling": generator.tiling,
         "tiling_override": cell.model.tiling is not None,
         "source_size": cell.model.source_size,
-        "tokens_per_picture": int(mean_tokens) if mean_tokens is not None and mean_tokens % 1 == 0 else mean_tokens,
+        "tokens_per_picture": 0 if cell.control == "blind" else mean_tokens(tokens) if tokens else None,
         "benchmark": benchmark.name,
         "split": benchmark.split,
         "control": cell.control,

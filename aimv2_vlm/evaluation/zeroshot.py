@@ -25,7 +25,7 @@ from aimv2_vlm.data.captions import canonicalize, clean_caption
 from aimv2_vlm.data.labelled import LabelledDataset, Picture, file_digest, read_split
 from aimv2_vlm.data.recognition import find_data_set
 from aimv2_vlm.data.transforms import EvalTransform
-from aimv2_vlm.evaluation.cells import Cell, check_names, known_before, run_cells
+from aimv2_vlm.evaluation.cells import Cell, check_names, checkpoint_content, known_before, run_cells
 from aimv2_vlm.evaluation.metrics import bootstrap_interval
 from aimv2_vlm.evaluation.probing import content_hash, split_content
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
@@ -129,10 +129,11 @@ def evaluate(config: ZeroShotConfig, restart: bool = False) -> int:
     given = {}
     contents = {name: cache(partial(_content, data)) for name, data in zip(data_sets, config.data_sets, strict=True)}
     for model_name, model in zip(models, config.models, strict=True):
+        checkpoint_read = cache(partial(checkpoint_content, model.path))
         for set_name, data in zip(data_sets, config.data_sets, strict=True):
             templates = read_templates(config.templates if data.templates is None else data.templates)
             files = [file_digest(Path(name)) for name in (data.class_names, data.captions) if name]
-            known = known_before(model.path, contents[set_name])
+            known = known_before(checkpoint_read, contents[set_name])
             if not isinstance(known, UserError):
                 known = [*known, model.canonicalize, recipes.to_dict(data), templates, files, config.crop_fraction, config.seed, placement.precision]
             given[Cell(model_name, set_name, known)] = (model, data, templates)
