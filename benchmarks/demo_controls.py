@@ -35,6 +35,7 @@ VIEW = 56  # pixels of one view; print heights are judged as they appear in it
 def run_seed(root: Path, seed: int, split: str) -> None:
     """Every training run and evaluation of one seed; what is finished is passed over."""
     from aimv2_vlm.evaluation.sweep import run_sweep
+    from aimv2_vlm.train import launch
 
     data = root / "data"
     demo.write_data(data, split)
@@ -62,7 +63,8 @@ def run_seed(root: Path, seed: int, split: str) -> None:
     steps = load_recipe("sft", "demo_scenes_1x1", common).optim.steps
     longer = round(steps * (1 + pretraining_flops(common) / tuning_flops(common, here / "sft_pretrained_1x1")))
     tune("random", "1x1", f"optim.steps={longer}")
-    config = load_recipe("eval", "demo_scenes", [f"data_root={data}", f"seed={seed}", f"out={here / 'eval'}", f"models={json.dumps(models)}"])
+    config = load_recipe("eval", "demo_scenes", [f"data_root={data}", f"seed={seed}", f"out={here / 'eval'}", f"models={json.dumps(models)}",
+                                                f"processes={launch.cpu_processes()}"])
     if run_sweep(config, progress=say):
         raise SystemExit(f"{here / 'eval'}: the evaluation is incomplete; see failed.jsonl")
 
@@ -118,14 +120,14 @@ def samples(root: Path, seed: int, model: str, benchmark: str, control: str | No
 def difference(root: Path, seeds: list[int], first: Callable[[int], list[dict]], second: Callable[[int], list[dict]],
                keep: Callable[[dict], bool] = lambda row: True) -> dict:
     """Mean of first - second in points, 95 % interval over seeds x pictures; rows are paired by question id."""
-    a, b, clusters = [], [], None
+    a, b, clusters = [], [], []
     for seed in seeds:
         left = {r["id"]: r for r in first(seed) if keep(r)}
         right = {r["id"]: r for r in second(seed) if keep(r)}
         ids = sorted(set(left) & set(right))
         a.append(np.array([left[i]["score"] for i in ids]))
         b.append(np.array([right[i]["score"] for i in ids]))
-        clusters = [left[i]["picture_id"] for i in ids]
+        clusters.append([left[i]["picture_id"] for i in ids])
     mean, low, high = paired_difference(a, b, clusters, seed=0)
     return {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)],
             "first": round(100 * float(np.mean(a)), 1), "second": round(100 * float(np.mean(b)), 1), "questions": len(a[0])}

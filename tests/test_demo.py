@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 from conftest import TINY_PRETRAINING, TINY_TUNING
 
@@ -29,3 +31,34 @@ def test_the_demo_goes_from_nothing_to_a_report_and_a_second_start_repeats_nothi
     assert made == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".safetensors", ".tar", ".parquet", ".bin")}
     cells = [json.loads(line) for line in (out / "eval" / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(cells) == 3 * 2 * 3 and {c["source_size"] for c in cells} == {None, 56}
+
+
+def test_the_claims_of_the_demo_are_computed_from_paired_questions_of_every_seed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    controls = importlib.import_module("demo_controls")
+    benchmarks = ("scenes_objects", "scenes_print", "scenes_choice", "scenes_heldout")
+    right = {  # arm (and control) -> how many of a benchmark's eight questions it answers, by seed
+        "pretrained 1x1": (6, 8), "pretrained 1x1/blind": (2, 2), "pretrained 1x1/wrong_picture": (1, 3), "pretrained 2x2": (8, 8),
+        "pretrained 2x2/blind": (1, 1), "pretrained 2x2/wrong_picture": (0, 0), "pretrained 2x2_upsampled": (4, 4), "shuffled 1x1": (4, 4), "random 1x1": (5, 5),
+    }
+    for number, seed in enumerate((1, 2)):
+        folder, ledger = tmp_path / f"seed_{seed}" / "eval", []
+        folder.mkdir(parents=True)
+        for arm, counts in right.items():
+            model, _, control = arm.partition("/")
+            for benchmark in benchmarks:
+                # cap heights in the scene: 4 and 8 px in one view
+                rows = [{"id": str(i), "picture_id": f"p{i // 2}", "score": float(i < counts[number]), "print_height": (8.0, 16.0)[i % 2]} for i in range(8)]
+                name = f"{arm}-{benchmark}.jsonl".replace("/", "-")
+                (folder / name).write_text("\n".join(map(json.dumps, rows[::-1] if seed == 2 else rows)), encoding="utf-8")
+                ledger.append({"model": model, "benchmark": benchmark, "control": control or None, "samples": name, "majority_score": 12.5})
+        (folder / "ledger.jsonl").write_text("\n".join(map(json.dumps, ledger)), encoding="utf-8")
+    found = controls.findings(tmp_path, [1, 2])
+    one_view, tiles = found["uses_picture"]["pretrained 1x1"], found["uses_picture"]["pretrained 2x2"]
+    assert (one_view["first"], one_view["second"], one_view["points"], one_view["questions"]) == (87.5, 25.0, 62.5, 32)
+    assert one_view["interval"][0] < 62.5 < one_view["interval"][1]
+    assert tiles["points"] == 87.5 and tiles["majority"] == 12.5  # blind is stronger than the wrong picture, and both than the majority
+    assert found["tiling"]["small"]["points"] == found["tiling"]["large"]["points"] == 50.0
+    assert {arm: gain["points"] for arm, gain in found["pretraining"].items()} == {"shuffled": 37.5, "random": 25.0}
+    assert found["claims"]["held-out attribute, pretrained - stronger control >= 5"] == 25.0
+    assert found["claims"]["uses the picture >= 25"] == 87.5

@@ -375,6 +375,7 @@ class TrainingAnswers:
 
     def __init__(self, files: Iterable[str | Path]) -> None:
         self._answers: dict[str, list[str]] = defaultdict(list)
+        self._majorities: dict[tuple, list[str]] = {}
         self._digest = hashlib.sha256()
         for file in files:
             self._read(Path(file))
@@ -409,21 +410,27 @@ class TrainingAnswers:
         """
         if not self._answers:
             return None
+        known = (benchmark.name, benchmark.data_hash, benchmark.prompt_suffix, len(benchmark.rows))
+        if known not in self._majorities:  # every model and control of a sweep asks for the same ones
+            self._majorities[known] = self._majority(benchmark)
+        return self._majorities[known]
+
+    def _majority(self, benchmark: Benchmark) -> list[str]:
         keys = [_bare(build_prompt(row["question"], (), benchmark.prompt_suffix)) for row in benchmark.rows]
         forms: dict[str, dict[str, None]] = defaultdict(dict)
         for row, key in zip(benchmark.rows, keys, strict=True):
             forms[row["question_form"]][key] = None
-        suffix = _bare(benchmark.prompt_suffix)
-        alike = [text for key, texts in self._answers.items() if key.endswith(suffix) for text in texts]
-        fallback = most_frequent(alike) or most_frequent(text for texts in self._answers.values() for text in texts)
+        of_key = {key: most_frequent(self._answers.get(key, ())) for key in dict.fromkeys(keys)}
         of_form = {
             form: most_frequent(text for key in members for text in self._answers.get(key, ()))
             for form, members in forms.items()
         }
-        return [
-            most_frequent(self._answers.get(key, ())) or of_form[row["question_form"]] or fallback
-            for row, key in zip(benchmark.rows, keys, strict=True)
-        ]
+        fallback = None
+        if not all(of_form.values()):
+            suffix = _bare(benchmark.prompt_suffix)
+            alike = [text for key, texts in self._answers.items() if key.endswith(suffix) for text in texts]
+            fallback = most_frequent(alike) or most_frequent(text for texts in self._answers.values() for text in texts)
+        return [of_key[key] or of_form[row["question_form"]] or fallback for row, key in zip(benchmark.rows, keys, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- writing
