@@ -252,6 +252,16 @@ def test_shuffled_captions_are_other_pictures_captions(root):
 # --- set-up
 
 
+def test_a_tokenizer_is_trained_on_the_captions_that_a_run_sees(root, broken):
+    pairs = make(root)
+    texts = list(pairs.texts())
+    assert texts == [pairs.captioned(position)[1] for position in range(29)] == list(make(root, shuffle_captions=True).texts())
+    second = [text for text in texts if text.startswith("green square number 1") and len(text.split()[-1]) == 3]
+    assert 0 < len(second) < sum(pairs.order.locate(position).source for position in range(29))  # both columns of the mixed source
+    assert list(pairs.texts(5)) == texts[:5]
+    assert len(list(broken.texts())) == 9  # the one whose checksum differs has none
+
+
 def test_fingerprint_names_a_changed_shard(root, tmp_path):
     for number, rows in enumerate((make_rows(4), make_rows(4), make_rows(5))):
         write_shards(rows, tmp_path / str(number))

@@ -12,7 +12,7 @@ import torch
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.captions import CaptionTokenizer
-from aimv2_vlm.data.order import Order, combine, draws, fingerprint
+from aimv2_vlm.data.order import Order, Place, combine, draws, fingerprint
 from aimv2_vlm.data.remote import ShardCache
 from aimv2_vlm.data.shards import BadSample, RawSample, ShardSet
 from aimv2_vlm.data.transforms import MAX_BYTES, MAX_PIXELS, BadImage, EvalTransform, TrainTransform, decode_image
@@ -114,11 +114,11 @@ class PairDataset:
         return fingerprint(self.seed, self.order.window_shards, sources, shuffle_captions=self.shuffle_captions)
 
     def texts(self, limit: int | None = None) -> Iterable[str]:
-        """Captions in storage order (first column of each sample), for training a tokenizer; unreadable samples are
-        passed over."""
-        for number in range(self.num_samples if limit is None else min(limit, self.num_samples)):
+        """Captions of the first positions, for training a tokenizer: sources and columns in the shares that a run sees, each with its
+        own picture's caption. At most `limit`, and no more than there are samples; unreadable ones are passed over."""
+        for position in range(self.num_samples if limit is None else min(limit, self.num_samples)):
             try:
-                yield self._stored(number)[0].caption
+                yield self._read(position)[0].caption
             except BadSample:
                 continue
 
@@ -168,12 +168,8 @@ class PairDataset:
 
     def captioned(self, position: int) -> tuple[RawSample, str]:
         """The sample at a global position and the caption it is trained with. Raises BadSample."""
-        place = self.order.locate(position)
-        if self.shards[place.source].remote:
-            self.shards[place.source].read_ahead(self.order.coming_shards(position)[1])
-        raw = self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"), self.max_bytes)
-        wrong = self.shuffle_captions
-        return raw, self._wrong_caption(place.source, place.shard, place.sample) if wrong else raw.caption
+        raw, place = self._read(position)
+        return raw, self._wrong_caption(place.source, place.shard, place.sample) if self.shuffle_captions else raw.caption
 
     def tokens(self, raw: RawSample, caption: str) -> tuple[list[int], bool]:
         """(ids with the end token, whether the caption was cut). Raises BadSample for a caption of no words."""
@@ -223,6 +219,13 @@ class PairDataset:
     def _blank(self, key: str, drawn: dict[str, int], bad: str) -> dict:
         pixels = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         return self._row(pixels, [], drawn, key) | {"weight": 0, "bad": bad}
+
+    def _read(self, position: int) -> tuple[RawSample, Place]:
+        """The sample at a global position, with the caption column drawn for it."""
+        place = self.order.locate(position)
+        if self.shards[place.source].remote:
+            self.shards[place.source].read_ahead(self.order.coming_shards(position)[1])
+        return self.shards[place.source].read(place.shard, place.sample, draws(self.seed, position, "caption"), self.max_bytes), place
 
     def _stored(self, number: int) -> tuple[RawSample, tuple[int, int, int]]:
         if not 0 <= number < self.num_samples:

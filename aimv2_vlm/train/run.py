@@ -142,7 +142,7 @@ def pair_data(
         path = directory.path / (CLIP_TOKENIZER if contrastive else CAPTION_TOKENIZER)
         if placement.is_main and not path.exists():
             make = make_clip_tokenizer if contrastive else make_caption_tokenizer
-            make(recipe, path, lambda: dataset(recipe.data.sources, None, recipe.seed).texts(TOKENIZER_TEXTS))
+            make(recipe, path, lambda: dataset(recipe.data.sources, None, 0).texts(TOKENIZER_TEXTS))  # the same for every seed
         tokenizer = (ClipTokenizer if contrastive else CaptionTokenizer)(path, recipe.text.context_length, recipe.text.canonicalize)
         held_out = dataset(recipe.data.validation, tokenizer, 0) if recipe.data.validation else None
         return tokenizer, dataset(recipe.data.sources, tokenizer, recipe.seed), held_out
