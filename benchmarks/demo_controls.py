@@ -24,6 +24,7 @@ import numpy as np
 from record import record
 
 from aimv2_vlm import demo
+from aimv2_vlm.data import scenes
 from aimv2_vlm.evaluation.findings import LARGE_PRINT, SMALL_PRINT
 from aimv2_vlm.evaluation.metrics import paired_difference
 from aimv2_vlm.recipe import load_recipe
@@ -176,7 +177,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         run_seed(arguments.out, seed, arguments.split)
-    record("demo_controls", {"name": "demo_controls", "split": arguments.split, "seeds": arguments.seeds, **findings(arguments.out, arguments.seeds)})
+    record("demo_controls", {"name": "demo_controls", "generator": scenes.GENERATOR_VERSION, "split": arguments.split, "seeds": arguments.seeds, **findings(arguments.out, arguments.seeds)})
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from aimv2_vlm.recipe import load_recipe
 
 PATCH, SIZES, KINDS = 14, (56, 112), ("detail", "scene")
 ROWS: dict[str, tuple[str, list[str]]] = {
-    "fixed 56": ("demo_scenes", []), "fixed 112": ("demo_scenes", ["image.size=112"]), "native": ("mini_native", []),
-    "fixed 56, sin-cos": ("demo_scenes", ["encoder.position_embedding=sincos"]),
+    "fixed 56": ("mini_aimv2", []), "fixed 112": ("mini_aimv2", ["image.size=112"]), "native": ("mini_native", []),
+    "fixed 56, sin-cos": ("mini_aimv2", ["encoder.position_embedding=sincos"]),
 }
 COLUMNS = ("56", "112", "native")
 TASKS = ("word", "shape", "texture")

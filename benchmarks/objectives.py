@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--match samples flops]
 
-Arms (recipes of pretrain/, all with demo_scenes' data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP,
+Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP,
 CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the resolution first. Figure 4 is
 aimv2 against captioning at --figure4 shares of the samples. Rules:
 - The learning rate of each arm is the best of three by its own held-out loss, seed 0, dev data; then fresh seeds on test data, once.
@@ -34,7 +34,7 @@ from aimv2_vlm.train.metrics import say
 
 BASE = "aimv2"
 ARMS = {  # name -> recipes of its stages
-    "aimv2": ["demo_scenes"], "aimv1": ["mini_aimv1"], "captioning prefix": ["mini_cap_prefix"], "captioning bidirectional": ["mini_cap_bidir"],
+    "aimv2": ["mini_aimv2"], "aimv1": ["mini_aimv1"], "captioning prefix": ["mini_cap_prefix"], "captioning bidirectional": ["mini_cap_bidir"],
     "clip": ["mini_clip"], "cappa": ["mini_cappa"], "separate decoders": ["mini_separate"], "captions from a third": ["mini_caption_third"],
     "half resolution first": ["mini_low_resolution_first", "mini_low_resolution_then_full"],
 }

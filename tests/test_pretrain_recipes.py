@@ -169,14 +169,14 @@ def test_contrastive_batches_are_whole_and_others_divide(name):
         assert per_gpu % recipe.optim.micro_batch_size == 0  # no ragged last micro-batch
 
 
-def test_low_resolution_first_costs_what_the_demo_costs():
+def test_low_resolution_first_costs_what_one_resolution_costs():
     def operations(name: str) -> float:
         recipe = load(name)
         n, tokens = num_patches(recipe), 22.6  # of the embedded captions, on average
         return recipe.optim.steps * recipe.optim.batch_size * build(recipe).forward_flops(1, num_patches=n, num_tokens=tokens, scored_patches=n / 2)
 
     stages = operations("mini_low_resolution_first") + operations("mini_low_resolution_then_full")
-    assert stages == pytest.approx(operations("demo_scenes"), rel=0.01)
+    assert stages == pytest.approx(operations("mini_aimv2"), rel=0.01)
     second = load("mini_low_resolution_then_full")
     assert second.encoder.path == second.decoder.path == load("mini_low_resolution_first").out + "/final"
 

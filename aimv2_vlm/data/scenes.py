@@ -39,7 +39,7 @@ from aimv2_vlm.config import UserError
 
 # -------------------------------------------------------------------------- what defines the generator
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2  # 1 named places in its second caption and was judged once: this one's scenes are all new
 SPLIT_DIGITS = {"train": (0, 1400), "dev": (1400, 1598), "test": (1598, 1797)}  # blocks of scikit-learn's digit images
 SCENE_SIZE = 112
 DETAIL_SIZES = (56,)  # small canvases: objects as large as tiles show them
@@ -75,8 +75,9 @@ FILLS = ("solid", "outlined", "striped")
 TEXTURES = ("stripes", "checks", "dots", "grain")
 INKS = ("dark", "light")
 PLATES = ("dark", "light", "none")
-HELD_OUT_CANDIDATES = ("fill", "texture", "ink", "plate")  # drawn and asked about, named by no caption
-HELD_OUT = "plate"  # chosen on dev; the one that claims are made about
+SIDES = ("left", "right")
+HELD_OUT_CANDIDATES = ("fill", "texture", "ink", "plate", "side")  # drawn and asked about, named by no caption
+HELD_OUT = "side"  # chosen on dev; the one that claims are made about (any encoder tells ink and plate, none of this size fill and texture)
 
 SINGLE_WORD = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
@@ -94,6 +95,7 @@ QUESTION_FORMS = {
     "texture": "Does the background show stripes, checks, dots or grain?",
     "ink": "Is the handwritten digit dark or light?",
     "plate": "Is the label of the word dark or light?",
+    "side": "On which side is the {shape}, left or right?",
 }
 LETTERS = "ABCD"
 
@@ -101,7 +103,7 @@ LETTERS = "ABCD"
 FIRST_CONVERSATION = 10_000_000
 FIRST_BENCHMARK = 20_000_000
 
-TEST_GENERATOR_HASH = "310f4ad76b2046d95f38c48786bdb7331b72f1d71dcc88d197faa0f857397892"
+TEST_GENERATOR_HASH = "086f24fd560e6c01d668f7f532b3579165667a881176b648760ca25725c96491"
 
 
 def generator_constants() -> dict:
@@ -109,7 +111,7 @@ def generator_constants() -> dict:
     names = (
         "GENERATOR_VERSION SPLIT_DIGITS SCENE_SIZE DETAIL_SIZES DETAIL_MAGNIFIED SHAPES COLORS WORDS NUMBERS "
         "DIGIT_WORDS FONTS CAP_RATIO PRINT_HEIGHTS DETAIL_PRINT_HEIGHTS DIGIT_SIZES SHAPE_SIZES DETAIL_OBJECT_SIZES "
-        "MIN_UNPLATED MARGIN FILLS TEXTURES INKS PLATES HELD_OUT_CANDIDATES SUFFIXES QUESTION_FORMS "
+        "MIN_UNPLATED MARGIN FILLS TEXTURES INKS PLATES SIDES HELD_OUT_CANDIDATES SUFFIXES QUESTION_FORMS "
         "FIRST_CONVERSATION FIRST_BENCHMARK"
     ).split()
     return {name: globals()[name] for name in names}
@@ -319,14 +321,10 @@ def _third(start: int, length: int, size: int) -> int:
 
 # ------------------------------------------------------------------------------------ words of a scene
 
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-
-
-def _position(box: Box, size: int) -> str:
-    row, column = _ROWS[_third(box.top, box.height, size)], _COLUMNS[_third(box.left, box.width, size)]
-    if row == column:
-        return "in the middle"
-    return "at the " + " ".join(side for side in (row, column) if side != "middle")
+def _side(box: Box, size: int) -> str | None:
+    """The side of the canvas that the middle of a box lies on; None within a sixteenth of the canvas from its middle."""
+    off = box.left + box.width / 2 - size / 2
+    return SIDES[off > 0] if abs(off) >= size / 16 else None
 
 
 def _named(item: Digit | Shape | Print) -> str:
@@ -342,11 +340,17 @@ def _joined(parts: Sequence[str]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+def _in_order(scene: Scene) -> list[Digit | Shape | Print]:
+    """Shapes, digit, word, number; shapes by name, because captions say nothing about places, not even by their order."""
+    shapes = sorted(scene.shapes, key=lambda shape: (shape.name, shape.color))
+    return [*shapes, *scene.digits, *scene.prints("word"), *scene.prints("number")]
+
+
 def alt_text(scene: Scene) -> str:
     """Terse alt text (`txt` of the shards): shapes, digit, word, number."""
     terse = {"a handwritten": "handwritten", "the printed word": "word", "the number": "number"}
     parts = []
-    for item in [*scene.shapes, *scene.digits, *scene.prints("word"), *scene.prints("number")]:
+    for item in _in_order(scene):
         text = _named(item)
         long = next((phrase for phrase in terse if text.startswith(phrase)), None)
         parts.append(terse[long] + text[len(long) :] if long else text.split(" ", 1)[1])
@@ -354,13 +358,8 @@ def alt_text(scene: Scene) -> str:
 
 
 def sentence(scene: Scene) -> str:
-    """Synthetic caption (`synthetic` in the shards' JSON): a full sentence with positions."""
-    return _joined([f"{_named(item)} {_position(item.box, scene.size)}" for item in scene.objects])
-
-
-def plain_sentence(scene: Scene) -> str:
-    """One sentence without positions: the answer to CAPTION_PROMPT."""
-    return _joined([_named(item) for item in scene.objects])
+    """Synthetic caption (`synthetic` in the shards' JSON), one full sentence: also a right answer to CAPTION_PROMPT."""
+    return _joined([_named(item) for item in _in_order(scene)])
 
 
 class Question(NamedTuple):
@@ -389,6 +388,8 @@ def questions(scene: Scene) -> list[Question]:
             for attribute in ("color", "fill"):
                 text = QUESTION_FORMS[attribute].format(shape=shape.name)
                 asked.append(Question(f"{attribute}:{shape.name}", attribute, text, (getattr(shape, attribute),)))
+            if side := _side(shape.box, scene.size):
+                asked.append(Question(f"side:{shape.name}", "side", QUESTION_FORMS["side"].format(shape=shape.name), (side,)))
         if colors.count(shape.color) == 1:
             text = QUESTION_FORMS["shape"].format(color=shape.color)
             asked.append(Question(f"shape:{shape.color}", "shape", text, (shape.name,)))
@@ -400,7 +401,7 @@ def questions(scene: Scene) -> list[Question]:
             if role == "word" and printed.plate != "none":
                 asked.append(Question("plate", "plate", QUESTION_FORMS["plate"], (printed.plate,)))
     asked.append(Question("texture", "texture", QUESTION_FORMS["texture"], (scene.ground.texture,)))
-    references = (plain_sentence(scene), sentence(scene), alt_text(scene))
+    references = (sentence(scene), alt_text(scene))
     asked.append(Question("caption", "caption", QUESTION_FORMS["caption"], references, suffix="caption"))
     return asked
 
