@@ -77,7 +77,7 @@ INKS = ("dark", "light")
 PLATES = ("dark", "light", "none")
 SIDES = ("left", "right")
 HELD_OUT_CANDIDATES = ("fill", "texture", "ink", "plate", "side")  # drawn and asked about, named by no caption
-HELD_OUT = "side"  # chosen on dev; the one that claims are made about (any encoder tells ink and plate, none of this size fill and texture)
+HELD_OUT = "side"  # the one that claims are made about: on dev any encoder told ink and plate, and none of this size fill or texture
 
 SINGLE_WORD = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
