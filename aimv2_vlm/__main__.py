@@ -1,5 +1,3 @@
-import sys
+from aimv2_vlm.cli import command
 
-from aimv2_vlm.cli import main
-
-sys.exit(main())
+command()

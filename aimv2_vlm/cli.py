@@ -7,7 +7,9 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from aimv2_vlm.config import EXIT_STOPPED, UserError
 
@@ -150,7 +152,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def command() -> NoReturn:
+    """The process `aimv2-vlm`: `main`, then the end.
+
+    A process of a group leaves without finalising the interpreter. Gloo's threads may still hold tensors of collectives that
+    are long through; one that lets go of them in a finalising interpreter aborts the process (pytorch issue 190489), and
+    `destroy_process_group` does not end these threads while a wrapped model is alive.
+    """
+    try:
+        code = main()
+    except Exception:
+        if not in_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if in_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def in_group() -> bool:
+    """True in a process that has joined a process group; never imports torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's); returns the exit status."""
     arguments = parse(argv)
     try:
         return run(arguments)

@@ -68,7 +68,7 @@ def test_wheel_carries_all_code_recipes_and_data_files(wheel):
 
 def test_wheel_declares_the_command_and_the_plug_in():
     entries = importlib.metadata.entry_points()
-    assert [e.value for e in entries.select(group="console_scripts", name="aimv2-vlm")] == ["aimv2_vlm.cli:main"]
+    assert [e.value for e in entries.select(group="console_scripts", name="aimv2-vlm")] == ["aimv2_vlm.cli:command"]
     plug_in = entries.select(group="lmms_eval.models", name="aimv2_vlm")
     assert [e.value for e in plug_in] == ["aimv2_vlm.evaluation.lmms_manifest:manifest"]
 
