@@ -39,20 +39,23 @@ def test_the_claims_of_the_demo_are_computed_from_paired_questions_of_every_seed
     benchmarks = ("scenes_objects", "scenes_print", "scenes_choice", "scenes_heldout")
     right = {  # arm (and control) -> how many of a benchmark's eight questions it answers, by seed
         "pretrained 1x1": (6, 8), "pretrained 1x1/blind": (2, 2), "pretrained 1x1/wrong_picture": (1, 3), "pretrained 2x2": (8, 8),
-        "pretrained 2x2/blind": (1, 1), "pretrained 2x2/wrong_picture": (0, 0), "pretrained 2x2_upsampled": (4, 4), "shuffled 1x1": (4, 4), "random 1x1": (5, 5),
+        "pretrained 2x2/blind": (1, 1), "pretrained 2x2/wrong_picture": (0, 0), "pretrained 2x2_upsampled": (4, 4),
+        "pretrained": (7, 7), "shuffled": (4, 4), "random": (5, 5),
     }
     for number, seed in enumerate((1, 2)):
-        folder, ledger = tmp_path / f"seed_{seed}" / "eval", []
-        folder.mkdir(parents=True)
+        ledgers: dict[Path, list] = {}
         for arm, counts in right.items():
             model, _, control = arm.partition("/")
+            folder = tmp_path / f"seed_{seed}" / ("eval" if "x" in model else "eval_held_out")
+            folder.mkdir(parents=True, exist_ok=True)
             for benchmark in benchmarks:
                 # cap heights in the scene: 4 and 8 px in one view
                 rows = [{"id": str(i), "picture_id": f"p{i // 2}", "score": float(i < counts[number]), "print_height": (8.0, 16.0)[i % 2]} for i in range(8)]
                 name = f"{arm}-{benchmark}.jsonl".replace("/", "-")
                 (folder / name).write_text("\n".join(map(json.dumps, rows[::-1] if seed == 2 else rows)), encoding="utf-8")
-                ledger.append({"model": model, "benchmark": benchmark, "control": control or None, "samples": name, "majority_score": 12.5})
-        (folder / "ledger.jsonl").write_text("\n".join(map(json.dumps, ledger)), encoding="utf-8")
+                ledgers.setdefault(folder, []).append({"model": model, "benchmark": benchmark, "control": control or None, "samples": name, "majority_score": 12.5})
+        for folder, rows in ledgers.items():
+            (folder / "ledger.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     found = controls.findings(tmp_path, [1, 2])
     one_view, tiles = found["uses_picture"]["pretrained 1x1"], found["uses_picture"]["pretrained 2x2"]
     assert (one_view["first"], one_view["second"], one_view["points"], one_view["questions"]) == (87.5, 25.0, 62.5, 32)

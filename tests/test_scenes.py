@@ -363,6 +363,18 @@ def test_only_some_pictures_are_asked_about(tmp_path):
     assert len(ids) == 7 + 3 and [i.rsplit("-", 1)[1] for i in ids[:3]] == ["description", "questions", "description"]
 
 
+def test_rows_of_one_attribute_ask_nothing_else_about_the_tuning_pictures():
+    found = [S.make_scene("train", S.FIRST_CONVERSATION + i) for i in range(40)]
+    rows = [S.lone_questions(scene, S.HELD_OUT) for scene in found]
+    assert rows.count(None) < 10 and all(row is None for row, scene in zip(rows, found, strict=True) if not any(q.attribute == S.HELD_OUT for q in S.questions(scene)))
+    for row, scene in zip(rows, found, strict=True):
+        if row:
+            expected = [(q.text, q.answers[0]) for q in S.questions(scene) if q.attribute == S.HELD_OUT]
+            turns = [turn["value"] for turn in row["conversations"]]
+            assert [text.removeprefix("<image>\n").split("\n")[0] for text in turns[::2]] == [text for text, _ in expected]
+            assert turns[1::2] == [answer for _, answer in expected] and row["image"] == f"{scene.index:09d}.jpg"
+
+
 def test_held_out_argument_limits_the_candidates():
     for scene in many("train", 60):
         texts = " ".join(turn["value"] for turn in S.conversation(scene, ("fill",), (7, 7))["conversations"][::2])

@@ -727,6 +727,12 @@ def conversation(scene: Scene, held_out: Sequence[str] = HELD_OUT_CANDIDATES, tu
     return _row(scene, "questions", zip(said, map(reply, asked), strict=True))
 
 
+def lone_questions(scene: Scene, attribute: str) -> dict | None:
+    """One LLaVA row that asks for one attribute and nothing else; None for a scene without it."""
+    asked = [q for q in questions(scene) if q.attribute == attribute]
+    return _row(scene, attribute, [(prompt(q, with_suffix=i == 0), reply(q)) for i, q in enumerate(asked)]) if asked else None
+
+
 def description(scene: Scene) -> dict:
     """One LLaVA row: the caption prompt, answered by the alt text with digits as answers write them (3, not three)."""
     text = alt_text(scene)
