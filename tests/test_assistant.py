@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data import collate
 from aimv2_vlm.data.chat import IGNORED, ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset, distinct_pictures
 from aimv2_vlm.data.conversations import IMAGE, ConversationSet
@@ -207,6 +208,22 @@ def test_the_cut_into_micro_batches_changes_no_gradient(tokenizer_folder, data, 
     assert_same_gradients(
         whole, gradients(model, rows.microbatches([3, 1, 0, 2], 2) + rows.microbatches([7, 4, 6, 5], 3))
     )
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8])
+def test_rows_met_again_are_the_same_and_as_many_as_may_stay_are_not_assembled_again(tokenizer_folder, data, kept, monkeypatch):
+    _, processor = build(tokenizer_folder, "2x2")
+    rows = dataset(data, processor)
+    lengths = [rows.length(index) for index in range(8)]
+    rows = dataset(data, processor)
+    monkeypatch.setattr(collate, "KEPT_TOKENS", {0: 0, 1: lengths[0], 8: sum(lengths)}[kept])
+    calls = []
+    monkeypatch.setattr(rows.chat, "assemble", lambda *args, real=rows.chat.assemble: calls.append(args) or real(*args))
+    first, again = (rows.microbatches(range(8), 3) for _ in range(2))
+    assert len(calls) == 16 - kept
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("input_ids", "labels", "pixel_values"))
+    assert rows.fetch(0) is not rows.fetch(0) and isinstance(rows.fetch(0).input_ids, list)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -250,8 +250,8 @@ def test_documents_and_conversations_share_batches(formats, tmp_path, pictures):
     [batch] = data.microbatches(range(6), 6)
     assert batch["input_ids"][0].tolist() == [token for row in rows for token in row.input_ids]
     assert batch["pixel_values"].shape == (6 * 5, 3, 28, 28) and len(batch["bad"]) == 1 and batch["num_truncated"] == 0
-    data.max_length = max(len(rows[1].input_ids), per_image + 20) - 2
-    [batch] = data.microbatches([1], 1)
+    shorter = InstructionDataset(data.conversations, chat, tiling, data.image_processor, max_length=max(len(rows[1].input_ids), per_image + 20) - 2)
+    [batch] = shorter.microbatches([1], 1)
     assert batch["num_truncated"] == 1
 
 
