@@ -6,9 +6,11 @@ Arms of each seed (same data, same initial weights, same order):
   pretrained   an encoder pre-trained on the captions
   shuffled     one pre-trained on other pictures' captions
   random       one not pre-trained
-The pre-trained encoder is tuned as in the demo and evaluated at 1x1, at 2x2, and at 2x2 of pictures reduced to one view first. On the attribute
-that no caption names (scenes.HELD_OUT) all three are tuned alone, for HELD_OUT_STEPS; the random one for as long, in model FLOPs, as
-the others' pre-training and tuning together. (Among all the demo's questions no assistant of this size learns it: on dev every arm was at chance.)
+The pre-trained encoder is tuned as in the demo and evaluated at 1x1, at 2x2, and at 2x2 of pictures reduced to one view first
+(2x2_upsampled: tuned and asked on such pictures; 2x2_reduced: the 2x2 assistant asked on them). On the attribute
+that no caption names (scenes.HELD_OUT) all three are tuned alone, on HELD_OUT_PICTURES for HELD_OUT_STEPS; the random one for as long, in model
+FLOPs, as the others' pre-training and tuning together. (Among all the demo's questions no assistant of this size learns it: on dev every arm was
+at chance. From all 3,787 pictures that have it every arm learns it: 88, 87 and 86 % with seed 1.)
 
 Three claims (thresholds in points of percent): right answers minus the strongest of blind, wrong picture and most frequent training answer
 >= 25; on small print, 2x2 minus 2x2-upsampled >= 10 and on large print no more than noise; on the attribute that no caption names,
@@ -21,6 +23,7 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ from aimv2_vlm.recipe import load_recipe
 from aimv2_vlm.train.metrics import say
 
 HELD_OUT = "scenes_heldout"  # the benchmark of scenes.HELD_OUT
-HELD_OUT_STEPS = 400  # chosen on dev
+HELD_OUT_PICTURES, HELD_OUT_STEPS = 300, 400  # chosen on dev
 VIEW = 56  # pixels of one view; print heights are judged as they appear in it
 
 
@@ -64,7 +67,7 @@ def run_seed(root: Path, seed: int, split: str) -> None:
 
     def tune_on_held_out(arm: str, steps: int) -> dict:
         say(f"== seed {seed}: tuning {arm} on the held-out attribute, {steps} steps")
-        out = here / f"held_out_{arm}"
+        out = here / f"{about_held_out.stem}_{arm}"
         demo.train("sft", "demo_scenes_1x1", [*common, f"out={out}", f"encoder.path={here / arm / 'final'}", f"optim.steps={steps}",
                                               f"data.sources.0.path={about_held_out}"])
         return {"name": arm, "path": str(out / "final")}
@@ -78,23 +81,24 @@ def run_seed(root: Path, seed: int, split: str) -> None:
     pretrain("pretrained", "false")
     for grid in ("1x1", "2x2", "2x2_upsampled"):
         assistants.append(tune("pretrained", grid))
+    assistants.append({**assistants[1], "name": "pretrained 2x2_reduced", "source_size": VIEW})
     evaluate("eval", assistants)
     pretrain("shuffled", "true")
     untrained(here / "random", common)
     for arm in ("pretrained", "shuffled"):
         of_held_out.append(tune_on_held_out(arm, HELD_OUT_STEPS))
-    longer = round(HELD_OUT_STEPS * (1 + pretraining_flops(common) / tuning_flops(common, here / "held_out_pretrained")))
+    longer = round(HELD_OUT_STEPS * (1 + pretraining_flops(common) / tuning_flops(common, here / f"{about_held_out.stem}_pretrained")))
     of_held_out.append(tune_on_held_out("random", longer))
-    evaluate("eval_held_out", of_held_out, f"benchmarks={json.dumps([HELD_OUT])}", f"train_conversations={json.dumps([str(about_held_out)])}")
+    evaluate(f"eval_{about_held_out.stem}", of_held_out, f"benchmarks={json.dumps([HELD_OUT])}", f"train_conversations={json.dumps([str(about_held_out)])}")
 
 
 def write_held_out(data: Path) -> Path:
-    """Conversations about the tuning pictures that ask for scenes.HELD_OUT alone; returns their JSON."""
-    path = data / "held_out_attribute.json"
+    """Conversations that ask for scenes.HELD_OUT alone, about the first HELD_OUT_PICTURES of the tuning pictures that have it; returns their JSON."""
+    path = data / f"held_out_{HELD_OUT_PICTURES}.json"
     if not path.exists():
         pictures = (scenes.make_scene("train", scenes.FIRST_CONVERSATION + i) for i in range(demo.TUNING_PICTURES))
-        rows = [row for scene in pictures if (row := scenes.lone_questions(scene, scenes.HELD_OUT))]
-        write_json(path, rows)
+        rows = (row for scene in pictures if (row := scenes.lone_questions(scene, scenes.HELD_OUT)))
+        write_json(path, list(islice(rows, HELD_OUT_PICTURES)))
     return path
 
 
@@ -183,16 +187,17 @@ def findings(root: Path, seeds: list[int]) -> dict:
                           "points_over_all": round(min(strongest["points"], strongest["first"] - majority), 1), "arms": arms}
     prints = ("scenes_print",)
     tiling = {
-        name: difference(root, seeds, cell("pretrained 2x2", prints), cell("pretrained 2x2_upsampled", prints), keep)
+        f"{name} print, {arm}": difference(root, seeds, cell("pretrained 2x2", prints), cell(f"pretrained {arm}", prints), keep)
+        for arm in ("2x2_upsampled", "2x2_reduced")
         for name, keep in (("small", lambda r: seen_height(r) < SMALL_PRINT), ("large", lambda r: seen_height(r) >= LARGE_PRINT))
     }
-    alone = {arm: partial(samples, root, model=arm, benchmark=HELD_OUT, evaluation="eval_held_out") for arm in ("pretrained", "shuffled", "random")}
+    alone = {arm: partial(samples, root, model=arm, benchmark=HELD_OUT, evaluation=f"eval_held_out_{HELD_OUT_PICTURES}") for arm in ("pretrained", "shuffled", "random")}
     gains = {arm: difference(root, seeds, alone["pretrained"], alone[arm]) for arm in ("shuffled", "random")}
     return {"uses_picture": picture, "tiling": tiling, "pretraining": gains,
             "claims": {
                 "uses the picture >= 25": max(p["points_over_all"] for p in picture.values()),
-                "small print, 2x2 - upsampled >= 10": tiling["small"]["points"],
-                "large print, 2x2 - upsampled within noise": tiling["large"]["points"],
+                "small print, 2x2 - upsampled >= 10": tiling["small print, 2x2_upsampled"]["points"],
+                "large print, 2x2 - upsampled within noise": tiling["large print, 2x2_upsampled"]["points"],
                 "held-out attribute, pretrained - stronger control >= 5": min(g["points"] for g in gains.values()),
             }}
 
@@ -205,7 +210,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         run_seed(arguments.out, seed, arguments.split)
-    record("demo_controls", {"name": "demo_controls", "generator": scenes.GENERATOR_VERSION, "split": arguments.split, "seeds": arguments.seeds, **findings(arguments.out, arguments.seeds)})
+    record("demo_controls", {"name": "demo_controls", "generator": scenes.GENERATOR_VERSION, "split": arguments.split, "seeds": arguments.seeds,
+                             "held_out_pictures": HELD_OUT_PICTURES, **findings(arguments.out, arguments.seeds)})
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def test_the_claims_of_the_demo_are_computed_from_paired_questions_of_every_seed
     benchmarks = ("scenes_objects", "scenes_print", "scenes_choice", "scenes_heldout")
     right = {  # arm (and control) -> how many of a benchmark's eight questions it answers, by seed
         "pretrained 1x1": (6, 8), "pretrained 1x1/blind": (2, 2), "pretrained 1x1/wrong_picture": (1, 3), "pretrained 2x2": (8, 8),
-        "pretrained 2x2/blind": (1, 1), "pretrained 2x2/wrong_picture": (0, 0), "pretrained 2x2_upsampled": (4, 4),
+        "pretrained 2x2/blind": (1, 1), "pretrained 2x2/wrong_picture": (0, 0), "pretrained 2x2_upsampled": (4, 4), "pretrained 2x2_reduced": (2, 2),
         "pretrained": (7, 7), "shuffled": (4, 4), "random": (5, 5),
     }
     for number, seed in enumerate((1, 2)):
         ledgers: dict[Path, list] = {}
         for arm, counts in right.items():
             model, _, control = arm.partition("/")
-            folder = tmp_path / f"seed_{seed}" / ("eval" if "x" in model else "eval_held_out")
+            folder = tmp_path / f"seed_{seed}" / ("eval" if "x" in model else f"eval_held_out_{controls.HELD_OUT_PICTURES}")
             folder.mkdir(parents=True, exist_ok=True)
             for benchmark in benchmarks:
                 # cap heights in the scene: 4 and 8 px in one view
@@ -61,7 +61,8 @@ def test_the_claims_of_the_demo_are_computed_from_paired_questions_of_every_seed
     assert (one_view["first"], one_view["second"], one_view["points"], one_view["questions"]) == (87.5, 25.0, 62.5, 32)
     assert one_view["interval"][0] < 62.5 < one_view["interval"][1]
     assert tiles["points"] == 87.5 and tiles["majority"] == 12.5  # blind is stronger than the wrong picture, and both than the majority
-    assert found["tiling"]["small"]["points"] == found["tiling"]["large"]["points"] == 50.0
+    assert {arm: difference["points"] for arm, difference in found["tiling"].items()} == {
+        "small print, 2x2_upsampled": 50.0, "large print, 2x2_upsampled": 50.0, "small print, 2x2_reduced": 75.0, "large print, 2x2_reduced": 75.0}
     assert {arm: gain["points"] for arm, gain in found["pretraining"].items()} == {"shuffled": 37.5, "random": 25.0}
     assert found["claims"]["held-out attribute, pretrained - stronger control >= 5"] == 25.0
     assert found["claims"]["uses the picture >= 25"] == 87.5
