@@ -1,6 +1,6 @@
 """What the demo claims, tested by controls: several fresh seeds, paired arms, intervals by bootstrap over seeds x pictures.
 
-    python benchmarks/demo_controls.py [--out runs/demo_controls] [--seeds 1 2 3]
+    python benchmarks/demo_controls.py [--out runs/demo_controls] [--seeds 2 3 4]
 
 Arms of each seed (same data, same initial weights, same order):
   pretrained   an encoder pre-trained on the captions
@@ -205,7 +205,7 @@ def findings(root: Path, seeds: list[int]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo_controls"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="1 was looked at while the held-out design was chosen (default: %(default)s)")
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
