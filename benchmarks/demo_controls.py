@@ -57,20 +57,18 @@ def run_seed(root: Path, seed: int, split: str) -> None:
         say(f"== seed {seed}: pre-training, {arm}")
         demo.train("pretrain", "demo_scenes", [*common, f"out={here / arm}", f"objective.shuffle_captions={shuffled}"])
 
-    assistants, of_held_out = [], []
+    def tune(arm: str, grid: str, name: str, *more: str) -> str:
+        """Path of the tuned assistant."""
+        say(f"== seed {seed}: tuning {name} {' '.join(more)}")
+        demo.train("sft", f"demo_scenes_{grid}", [*common, f"out={here / name}", f"encoder.path={here / arm / 'final'}", *more])
+        return str(here / name / "final")
 
-    def tune(arm: str, grid: str, *more: str) -> dict:
-        say(f"== seed {seed}: tuning {arm} {grid} {' '.join(more)}")
-        out = here / f"sft_{arm}_{grid}"
-        demo.train("sft", f"demo_scenes_{grid}", [*common, f"out={out}", f"encoder.path={here / arm / 'final'}", *more])
-        return {"name": f"{arm} {grid}", "path": str(out / "final"), "source_size": VIEW if grid == "2x2_upsampled" else None}
+    def tune_as_in_the_demo(grid: str) -> dict:
+        path = tune("pretrained", grid, f"sft_pretrained_{grid}")
+        return {"name": f"pretrained {grid}", "path": path, "source_size": VIEW if grid == "2x2_upsampled" else None}
 
     def tune_on_held_out(arm: str, steps: int) -> dict:
-        say(f"== seed {seed}: tuning {arm} on the held-out attribute, {steps} steps")
-        out = here / f"{about_held_out.stem}_{arm}"
-        demo.train("sft", "demo_scenes_1x1", [*common, f"out={out}", f"encoder.path={here / arm / 'final'}", f"optim.steps={steps}",
-                                              f"data.sources.0.path={about_held_out}"])
-        return {"name": arm, "path": str(out / "final")}
+        return {"name": arm, "path": tune(arm, "1x1", f"{about_held_out.stem}_{arm}", f"optim.steps={steps}", f"data.sources.0.path={about_held_out}")}
 
     def evaluate(name: str, models: list[dict], *more: str) -> None:
         config = load_recipe("eval", "demo_scenes", [f"data_root={data}", f"seed={seed}", f"out={here / name}", f"models={json.dumps(models)}",
@@ -79,14 +77,12 @@ def run_seed(root: Path, seed: int, split: str) -> None:
             raise SystemExit(f"{here / name}: the evaluation is incomplete; see failed.jsonl")
 
     pretrain("pretrained", "false")
-    for grid in ("1x1", "2x2", "2x2_upsampled"):
-        assistants.append(tune("pretrained", grid))
+    assistants = [tune_as_in_the_demo(grid) for grid in ("1x1", "2x2", "2x2_upsampled")]
     assistants.append({**assistants[1], "name": "pretrained 2x2_reduced", "source_size": VIEW})
     evaluate("eval", assistants)
     pretrain("shuffled", "true")
     untrained(here / "random", common)
-    for arm in ("pretrained", "shuffled"):
-        of_held_out.append(tune_on_held_out(arm, HELD_OUT_STEPS))
+    of_held_out = [tune_on_held_out(arm, HELD_OUT_STEPS) for arm in ("pretrained", "shuffled")]
     longer = round(HELD_OUT_STEPS * (1 + pretraining_flops(common) / tuning_flops(common, here / f"{about_held_out.stem}_pretrained")))
     of_held_out.append(tune_on_held_out("random", longer))
     evaluate(f"eval_{about_held_out.stem}", of_held_out, f"benchmarks={json.dumps([HELD_OUT])}", f"train_conversations={json.dumps([str(about_held_out)])}")

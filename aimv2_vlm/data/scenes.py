@@ -723,14 +723,13 @@ def conversation(scene: Scene, held_out: Sequence[str] = HELD_OUT_CANDIDATES, tu
     asked = [q for q in asked if q]
     asked += [q for q in pool if q not in asked][: random.randint(*turns) - len(asked)]
     random.shuffle(asked)
-    said = [prompt(q, with_suffix=i == 0 or q.suffix != asked[i - 1].suffix) for i, q in enumerate(asked)]
-    return _row(scene, "questions", zip(said, map(reply, asked), strict=True))
+    return _question_row(scene, "questions", asked)
 
 
 def lone_questions(scene: Scene, attribute: str) -> dict | None:
     """One LLaVA row that asks for one attribute and nothing else; None for a scene without it."""
     asked = [q for q in questions(scene) if q.attribute == attribute]
-    return _row(scene, attribute, [(prompt(q, with_suffix=i == 0), reply(q)) for i, q in enumerate(asked)]) if asked else None
+    return _question_row(scene, attribute, asked) if asked else None
 
 
 def description(scene: Scene) -> dict:
@@ -739,6 +738,11 @@ def description(scene: Scene) -> dict:
     for digit in scene.digits:
         text = text.replace(f"handwritten {DIGIT_WORDS[digit.value]}", f"handwritten {digit.value}")
     return _row(scene, "description", [(CAPTION_PROMPT, text)])
+
+
+def _question_row(scene: Scene, what: str, asked: Sequence[Question]) -> dict:
+    said = [prompt(q, with_suffix=i == 0 or q.suffix != asked[i - 1].suffix) for i, q in enumerate(asked)]
+    return _row(scene, what, zip(said, map(reply, asked), strict=True))
 
 
 def _row(scene: Scene, what: str, turns: Iterable[tuple[str, str]]) -> dict:
