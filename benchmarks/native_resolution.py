@@ -1,6 +1,6 @@
 """Miniature of Table 6: encoders trained at one size or at native resolution, each probed at every size: the whole 3 x 3 grid.
 
-    python benchmarks/native_resolution.py [--out runs/native_resolution] [--steps 1200] [--seeds 1 2 3]
+    python benchmarks/native_resolution.py [--out runs/native_resolution] [--steps 1200] [--seeds 1 2 3] [--jobs N]
 
 Rows: fixed 56 px, fixed 112 px, native (16 to 64 patches of 14 px), and fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up.
 Every row spends the same number of patches (--steps x 32 x 16); learning rates as in benchmarks/objectives.py, on dev.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import objectives
+from pool import Pool, jobs_here
 from record import record
 
 from aimv2_vlm import demo
@@ -52,6 +53,18 @@ def train_row(place: Path, data: Path, row: str, seed: int, patches: float, rate
     return place
 
 
+def held_out_loss_of(place: Path, data: Path, row: str, patches: float, rate: float, keys: list[str]) -> float | None:
+    return objectives.held_out_loss(train_row(place, data, row, 0, patches, rate, keys))
+
+
+def judge_row(place: Path, data: Path, labelled: Path, row: str, seed: int, patches: float, rate: float, tasks: list[str], keys: list[str],
+              optim: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
+    """Train one row and probe its cells: column -> task -> outcome of each judged picture."""
+    train_row(place, data, row, seed, patches, rate, keys)
+    probes = place.with_name(f"{row} probes")
+    return {column: {task: probe_cell(place, labelled, task, column, probes, seed, optim) for task in tasks} for column in COLUMNS}
+
+
 def probe_cell(encoder: Path, labelled: Path, task: str, column: str, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
     """Name of each judged picture -> right or wrong."""
     from aimv2_vlm.evaluation.probing import best_of
@@ -71,18 +84,20 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
     root, patches = arguments.out, arguments.steps * 32 * 16
     for split in data:
         objectives.write_labelled(root / f"labelled_{split}", split, counts, KINDS, TASKS)
-    rate = {}
-    for row in ROWS:
-        losses = {r: objectives.held_out_loss(train_row(root / "rates" / f"{row} {r:g}", data["dev"], row, 0, patches, r, arguments.keys)) for r in rates}
-        rate[row] = min(losses, key=lambda r: losses[r])
+    points = {(row, rate): root / "rates" / f"{row} {rate:g}" for row in ROWS for rate in rates}
+    places = {(row, seed): root / f"seed_{seed}" / row for seed in arguments.seeds for row in ROWS}
+    with Pool(arguments.jobs) as pool:
+        losses = pool.run("learning rates", held_out_loss_of, [
+            (place, (place, data["dev"], row, patches, rate, arguments.keys)) for (row, rate), place in points.items()])
+        best = objectives.best_rates(dict(zip(points, losses, strict=True)))
+        judged = pool.run("rows of the grid", judge_row, [
+            (place, (place, data["test"], root / "labelled_test", row, seed, patches, best[row], arguments.tasks, arguments.keys, optim))
+            for (row, seed), place in places.items()])
     cells: dict[tuple[str, str, str], dict[int, dict[str, int]]] = {}
-    for seed in arguments.seeds:
-        for row in ROWS:
-            place = train_row(root / f"seed_{seed}" / row, data["test"], row, seed, patches, rate[row], arguments.keys)
-            for column in COLUMNS:
-                for task in arguments.tasks:
-                    cell = probe_cell(place, root / "labelled_test", task, column, root / f"seed_{seed}" / f"{row} probes", seed, optim)
-                    cells.setdefault((row, column, task), {})[seed] = cell
+    for (row, seed), columns in zip(places, judged, strict=True):
+        for column, tasks in columns.items():
+            for task, cell in tasks.items():
+                cells.setdefault((row, column, task), {})[seed] = cell
     grid: dict[str, Any] = {}
     for (row, column, task), seeds in cells.items():
         grid.setdefault(task, {}).setdefault(row, {})[column] = round(100 * float(np.mean([v for s in seeds.values() for v in s.values()])), 1)
@@ -93,7 +108,7 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
             names = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
             mean, low, high = paired_difference([[ours[s][n] for n in names[s]] for s in ours], [[theirs[s][n] for n in names[s]] for s in ours], list(names.values()))
             against[f"{task} at {column}: native - {fixed}"] = {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)]}
-    line = {"name": "native resolution, 3 x 3 grid", "seeds": arguments.seeds, "patches_spent": patches, "lr": rate, "grid": grid, "differences": against}
+    line = {"name": "native resolution, 3 x 3 grid", "seeds": arguments.seeds, "patches_spent": patches, "lr": best, "grid": grid, "differences": against}
     record("native_resolution", json.loads(json.dumps(line)))
     return line
 
@@ -105,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
+    parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
     arguments = parser.parse_args()
     data = {split: arguments.out / f"data_{split}" for split in ("dev", "test")}
     for split, folder in data.items():

@@ -1,6 +1,6 @@
 """Miniatures of Table 9a/b/d and Figure 4: one encoder an objective on the embedded data, told apart by attentive probes.
 
-    python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--match samples flops]
+    python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--no-equal-operations] [--jobs N]
 
 Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP,
 CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the resolution first. Figure 4 is
@@ -12,7 +12,8 @@ aimv2 against captioning at --figure4 shares of the samples. Rules:
   names (texture, plate). Their learning rate is chosen on a tenth of train.
 - Reported: accuracy, and arm - aimv2 with a 95 % interval over seeds x pictures; a ranking stands only where it excludes 0. With three seeds
   some 3.5 points can be told apart; the paper's own gaps in Table 9 are 0.2 to 1.
-Every stage continues after a kill and is passed over when finished. One result line a match goes to benchmarks/results/.
+Runs stand side by side, one a core (pool.py). Every stage continues after a kill and is passed over when finished. One result line a match
+goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pool import Pool, jobs_here
 from record import record
 
 from aimv2_vlm import demo
@@ -126,15 +128,32 @@ def arm_flops(root: Path, arm: str) -> float:
     return total
 
 
-def held_out_loss(run: Path) -> float:
+def held_out_loss(run: Path) -> float | None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)
 
 
-def choose_rate(root: Path, data: Path, arm: str, steps: int, rates: tuple[float, ...], more: list[str]) -> float:
-    """The learning rate with the least held-out loss of the arm's own objective, on dev, seed 0."""
-    found = {rate: held_out_loss(train_arm(root / f"{arm} {rate:g}", data, arm, 0, arm_steps(arm, steps), rate, more)) for rate in rates}
-    return min(found, key=lambda rate: found[rate] if found[rate] is not None else float("inf"))
+def held_out_loss_of(root: Path, data: Path, arm: str, steps: int, rate: float, more: list[str]) -> float | None:
+    """What a learning rate is chosen by: the held-out loss of the arm's own objective, on dev, seed 0."""
+    return held_out_loss(train_arm(root, data, arm, 0, arm_steps(arm, steps), rate, more))
+
+
+def best_rates(losses: dict[tuple[str, float], float | None]) -> dict[str, float]:
+    """(arm, rate) -> loss, None where it diverged. Raises SystemExit where no rate of an arm gave one."""
+    found: dict[str, float] = {}
+    for arm in dict.fromkeys(arm for arm, _ in losses):
+        finite = {rate: loss for (of, rate), loss in losses.items() if of == arm and loss is not None}
+        if not finite:
+            raise SystemExit(f"{arm}: the held-out loss is not finite at any of the learning rates {[rate for of, rate in losses if of == arm]}; give lower ones")
+        found[arm] = min(finite, key=lambda rate: finite[rate])
+    return found
+
+
+def judge_arm(place: Path, data: Path, labelled: Path, arm: str, seed: int, steps: list[int], rate: float, tasks: tuple[str, ...], more: list[str],
+              probe_optim: dict[str, Any]) -> dict[str, Any]:
+    """Train one arm and probe it: `flops` of the training, `outcomes` of each task's judged pictures."""
+    last = train_arm(place, data, arm, seed, steps, rate, more)
+    return {"flops": arm_flops(place, arm), "outcomes": probe_tasks(last, labelled, seed, tasks, probe_optim)}
 
 
 def probe_tasks(run: Path, labelled: Path, seed: int, tasks: tuple[str, ...], more: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -199,9 +218,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--match", nargs="+", default=["samples", "flops"], choices=["samples", "flops"])
+    parser.add_argument("--equal-operations", action=argparse.BooleanOptionalAction, default=True, help="compare at equal operations as well (default: %(default)s)")
     parser.add_argument("--figure4", type=float, nargs="*", default=[0.25, 0.5], help="shares of the samples at which aimv2 stands beside captioning")
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
+    parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
     run(parser.parse_args())
 
 
@@ -215,37 +235,34 @@ def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = 
             demo.write_data(folder, split)
     for split in data:
         write_labelled(root / f"labelled_{split}", split, labelled_counts or LABELLED)
-    rate = {arm: choose_rate(root / "rates", data["dev"], arm, arguments.steps, rates, arguments.keys) for arm in arms}
-    lines = []
+    with Pool(arguments.jobs) as pool:
+        points = {(arm, rate): root / "rates" / f"{arm} {rate:g}" for arm in arms for rate in rates}
+        losses = pool.run("learning rates", held_out_loss_of, [
+            (place, (place, data["dev"], arm, arguments.steps, rate, arguments.keys)) for (arm, rate), place in points.items()])
+        best = best_rates(dict(zip(points, losses, strict=True)))
+        lines = []
 
-    def study(name: str, steps: dict[str, list[int]]) -> None:
-        results: dict[str, dict[int, dict[str, list[dict[str, Any]]]]] = {arm: {} for arm in steps}
-        flops = {}
-        for seed in arguments.seeds:
-            for arm, counts in steps.items():
-                place = root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, counts))}"
-                last = train_arm(place, data["test"], arm, seed, counts, rate[arm], arguments.keys)
-                results[arm][seed] = probe_tasks(last, root / "labelled_test", seed, tasks, probe_keys or {})
-                flops[arm] = arm_flops(place, arm)
-        line = {"name": f"objectives, {name}", "seeds": arguments.seeds, "steps": steps, "lr": rate, "tflops": {a: round(f / 1e12, 2) for a, f in flops.items()},
-                "table": compare(results, tasks)}
-        record("objectives", line)
-        lines.append(line)
+        def study(name: str, steps: dict[str, list[int]]) -> dict[str, float]:
+            """Operations of each arm."""
+            places = {(arm, seed): root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, counts))}" for seed in arguments.seeds for arm, counts in steps.items()}
+            found = pool.run(name, judge_arm, [
+                (place, (place, data["test"], root / "labelled_test", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
+                for (arm, seed), place in places.items()])
+            judged = dict(zip(places, found, strict=True))
+            flops = {arm: judged[arm, arguments.seeds[-1]]["flops"] for arm in steps}
+            outcomes = {arm: {seed: judged[arm, seed]["outcomes"] for seed in arguments.seeds} for arm in steps}
+            line = {"name": f"objectives, {name}", "seeds": arguments.seeds, "steps": steps, "lr": best, "tflops": {a: round(f / 1e12, 2) for a, f in flops.items()},
+                    "table": compare(outcomes, tasks)}
+            record("objectives", line)
+            lines.append(line)
+            return flops
 
-    equal = {arm: arm_steps(arm, arguments.steps) for arm in arms}
-    if "samples" in arguments.match:
-        study("equal samples", equal)
-    if "flops" in arguments.match:
-        seed = arguments.seeds[0]
-        cost = {}
-        for arm in arms:  # known from the runs at equal samples
-            place = root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, equal[arm]))}"
-            train_arm(place, data["test"], arm, seed, equal[arm], rate[arm], arguments.keys)
-            cost[arm] = arm_flops(place, arm)
-        share = {arm: cost[BASE] / cost[arm] for arm in arms}
-        study("equal operations", {arm: arm_steps(arm, arguments.steps, 1.0 if abs(share[arm] - 1) < SAME_COST else share[arm]) for arm in arms})
-    for part in arguments.figure4 if "captioning prefix" in arms else []:
-        study(f"Figure 4, {part:g} of the samples", {arm: arm_steps(arm, arguments.steps, part) for arm in (BASE, "captioning prefix")})
+        cost = study("equal samples", {arm: arm_steps(arm, arguments.steps) for arm in arms})
+        if arguments.equal_operations:
+            share = {arm: cost[BASE] / cost[arm] for arm in arms}
+            study("equal operations", {arm: arm_steps(arm, arguments.steps, 1.0 if abs(share[arm] - 1) < SAME_COST else share[arm]) for arm in arms})
+        for part in arguments.figure4 if "captioning prefix" in arms else []:
+            study(f"Figure 4, {part:g} of the samples", {arm: arm_steps(arm, arguments.steps, part) for arm in (BASE, "captioning prefix")})
     return lines
 
 

@@ -1,0 +1,132 @@
+"""The comparisons of pre-training (benchmarks/objectives.py, benchmarks/native_resolution.py) at a size that takes seconds, and the pool they run in."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PRETRAINING
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, tmp_path):
+    """The drivers as modules, their result lines going to a folder of the test's own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(importlib.import_module("record"), "RESULTS", tmp_path / "results")
+    return importlib.import_module
+
+
+KEYS = [key for key in TINY_PRETRAINING if not key.startswith(("train.validate_every", "train.save_every", "train.trackers", "optim.warmup_steps", "optim.batch_size"))]
+PROBE = {"epochs": 1.0, "warmup_steps": 0}
+COUNTS = {"train": 40, "judged": 12}
+
+
+def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes_on_after_a_stop(benchmarks, scenes_root, tmp_path):
+    objectives, out = benchmarks("objectives"), tmp_path / "out"
+    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "half resolution first"], tasks=["texture"], equal_operations=True,
+                                   figure4=[0.5], keys=KEYS, jobs=2)
+    data = {"dev": scenes_root, "test": scenes_root}
+    lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, data)
+    assert [line["name"] for line in lines] == ["objectives, equal samples", "objectives, equal operations", "objectives, Figure 4, 0.5 of the samples"]
+    samples, operations, figure4 = lines
+    assert samples["steps"]["aimv2"] == [4] and len(samples["steps"]["half resolution first"]) == 2 and figure4["steps"]["aimv2"] == [2]
+    # a captioning arm is cheaper a step, so it gets more of them for as many operations
+    assert samples["tflops"]["captioning prefix"] <= samples["tflops"]["aimv2"]
+    assert operations["steps"]["captioning prefix"][0] >= samples["steps"]["captioning prefix"][0] and operations["steps"]["aimv2"] == [4]
+    row = samples["table"]["captioning prefix"]["texture"]
+    assert row["interval"][0] <= row["minus_aimv2"] <= row["interval"][1] and row["told_apart"] == (row["interval"][0] > 0 or row["interval"][1] < 0)
+    assert "pre-training: finished" in (out / "seed_1" / "aimv2 4" / "log.txt").read_text(encoding="utf-8")
+    trained = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    arguments.figure4 = []
+    assert objectives.run(arguments, COUNTS, (1e-3,), PROBE, data) == lines[:2]
+    assert trained == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    written = [json.loads(line)["name"] for line in (tmp_path / "results" / "objectives.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert written == [line["name"] for line in [*lines, *lines[:2]]]
+
+
+def test_native_resolution_fills_every_cell_of_its_grid(benchmarks, scenes_root, tmp_path):
+    native = benchmarks("native_resolution")
+    keys = [key for key in KEYS if not key.startswith(("image.size", "optim.micro_batch_size"))]
+    arguments = argparse.Namespace(out=tmp_path / "out", steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2)
+    line = native.run(arguments, COUNTS, (1e-3,), PROBE, {"dev": scenes_root, "test": scenes_root})
+    assert {row: set(cells) for row, cells in line["grid"]["texture"].items()} == {row: {"56", "112", "native"} for row in native.ROWS}
+    assert set(line["differences"]) == {"texture at 56: native - fixed 56", "texture at 112: native - fixed 112", "texture at native: native - fixed 112"}
+    assert all(d["interval"][0] <= d["points"] <= d["interval"][1] for d in line["differences"].values())
+
+
+def test_a_rate_is_chosen_by_the_least_finite_loss_of_its_own_arm(benchmarks):
+    objectives = benchmarks("objectives")
+    assert objectives.best_rates({("a", 1.0): 3.0, ("a", 2.0): 2.0, ("b", 1.0): None, ("b", 2.0): 9.0}) == {"a": 2.0, "b": 2.0}
+    with pytest.raises(SystemExit, match=r"b: the held-out loss is not finite at any of the learning rates \[1.0\]"):
+        objectives.best_rates({("a", 1.0): 3.0, ("b", 1.0): None})
+
+
+POOL = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from pool import Pool
+
+def work(number, seconds, fail):
+    print("working on", number, flush=True)
+    begun = time.time()
+    if seconds > 5:
+        Path(sys.argv[1], f"waiting_{{number}}").touch()
+    time.sleep(seconds)
+    if fail:
+        raise ValueError("number %d cannot be worked on" % number)
+    return {{"number": number, "cores": len(os.sched_getaffinity(0)), "times": [begun, time.time()]}}
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    calls = [(out / str(n), (n, s, n == int(sys.argv[2]))) for n, s in enumerate(map(float, sys.argv[3:]))]
+    with Pool(2) as pool:
+        results = pool.run("numbers", work, calls)
+    print(*[one["number"] for one in results], max(one["cores"] for one in results), results[0]["times"][1] > results[1]["times"][0])
+"""
+
+
+def run_pool(tmp_path: Path, failing: int, *seconds: float) -> subprocess.Popen:
+    script = tmp_path / "driver.py"
+    script.write_text(POOL.format(benchmarks=str(BENCHMARKS)), encoding="utf-8")
+    return subprocess.Popen([sys.executable, str(script), str(tmp_path / "out"), str(failing), *map(str, seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, cwd=tmp_path)
+
+
+def test_the_pool_returns_results_in_order_each_call_on_a_core_of_its_own(tmp_path):
+    process = run_pool(tmp_path, -1, 4, 0, 0)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == "0 1 2 1 True\n"  # in order, one core each, the second begun while the first was under way
+    assert (tmp_path / "out" / "1" / "log.txt").read_text(encoding="utf-8") == "working on 1\n"
+    assert "numbers: 3/3 runs" in err
+
+
+def test_a_call_that_fails_ends_the_pool_with_its_log_and_begins_no_other(tmp_path):
+    process = run_pool(tmp_path, 0, 1, 3, 0, 0)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and f"{tmp_path / 'out' / '0' / 'log.txt'}: this run failed; the last lines say why" in err
+    assert "number 0 cannot be worked on" in (tmp_path / "out" / "0" / "log.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "2").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_calls_of_the_pool_and_then_the_pool(tmp_path, number):
+    process = run_pool(tmp_path, -1, 600, 600, 600)
+    marks = [tmp_path / "out" / f"waiting_{n}" for n in (0, 1)]
+    deadline = time.monotonic() + 100
+    while not all(mark.exists() for mark in marks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"numbers: stopped by {number.name}; the same command goes on from there" in err
+    assert not (tmp_path / "out" / "2").exists()
