@@ -1,6 +1,6 @@
 """What the demo claims, tested by controls: several fresh seeds, paired arms, intervals by bootstrap over seeds x pictures.
 
-    python benchmarks/demo_controls.py [--out runs/demo_controls] [--seeds 2 3 4]
+    python benchmarks/demo_controls.py [--out runs/demo_controls] [--seeds 2 3 4] [--jobs N]
 
 Arms of each seed (same data, same initial weights, same order):
   pretrained   an encoder pre-trained on the captions
@@ -14,7 +14,8 @@ at chance. From all 3,787 pictures that have it every arm learns it: 88, 87 and 
 
 Three claims (thresholds in points of percent): right answers minus the strongest of blind, wrong picture and most frequent training answer
 >= 25; on small print, 2x2 minus 2x2-upsampled >= 10 and on large print no more than noise; on the attribute that no caption names,
-pretrained minus the stronger of shuffled and random >= 5. Each stage continues after a kill; results go to benchmarks/results/.
+pretrained minus the stronger of shuffled and random >= 5. Runs stand side by side, one a core (pool.py); each continues after a kill. The line
+goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from pool import Pool, jobs_here
 from record import record
 
 from aimv2_vlm import demo
@@ -42,50 +45,81 @@ HELD_OUT_PICTURES, HELD_OUT_STEPS = 300, 400  # chosen on dev
 VIEW = 56  # pixels of one view; print heights are judged as they appear in it
 
 
-def run_seed(root: Path, seed: int, split: str) -> None:
-    """Every training run and evaluation of one seed; what is finished is passed over."""
-    from aimv2_vlm.evaluation.sweep import run_sweep
-    from aimv2_vlm.train import launch
-
+def run_seeds(root: Path, seeds: list[int], split: str, jobs: int, overrides: dict[str, list[str]] | None = None) -> None:
+    """Every training run and evaluation; what is finished is passed over. overrides: keys of each verb's recipes (tests)."""
     data = root / "data"
     demo.write_data(data, split)
     about_held_out = write_held_out(data)
-    here = root / f"seed_{seed}"
-    common = [f"data_root={data}", f"seed={seed}", "train.trackers=[]"]
+    runs = [Seed(data, about_held_out, root / f"seed_{seed}", seed, overrides or {}) for seed in seeds]
+    with Pool(jobs) as pool:
+        pool.run("pre-training", [seed.pretrain(arm) for seed in runs for arm in ("pretrained", "shuffled")])
+        for seed in runs:
+            untrained(seed.here / "random", seed.keys("pretrain"))
+        pool.run("tuning", [*(seed.tune_as_in_the_demo(grid) for seed in runs for grid in ("2x2_upsampled", "2x2", "1x1")),
+                            *(seed.tune_on_held_out(arm, HELD_OUT_STEPS) for seed in runs for arm in ("pretrained", "shuffled"))])
+        pool.run("tuning the random arm, asking the others", [*(seed.tune_on_held_out("random", seed.longer()) for seed in runs), *(seed.ask() for seed in runs)])
+        pool.run("asking for the held-out attribute", [seed.ask_held_out() for seed in runs])
 
-    def pretrain(arm: str, shuffled: str) -> None:
-        say(f"== seed {seed}: pre-training, {arm}")
-        demo.train("pretrain", "demo_scenes", [*common, f"out={here / arm}", f"objective.shuffle_captions={shuffled}"])
 
-    def tune(arm: str, grid: str, name: str, *more: str) -> str:
-        """Path of the tuned assistant."""
-        say(f"== seed {seed}: tuning {name} {' '.join(more)}")
-        demo.train("sft", f"demo_scenes_{grid}", [*common, f"out={here / name}", f"encoder.path={here / arm / 'final'}", *more])
-        return str(here / name / "final")
+@dataclass(frozen=True)
+class Seed:
+    """The runs of one seed, as calls of a pool."""
 
-    def tune_as_in_the_demo(grid: str) -> dict:
-        path = tune("pretrained", grid, f"sft_pretrained_{grid}")
-        return {"name": f"pretrained {grid}", "path": path, "source_size": VIEW if grid == "2x2_upsampled" else None}
+    data: Path
+    about_held_out: Path
+    here: Path
+    number: int
+    overrides: dict[str, list[str]]
 
-    def tune_on_held_out(arm: str, steps: int) -> dict:
-        return {"name": arm, "path": tune(arm, "1x1", f"{about_held_out.stem}_{arm}", f"optim.steps={steps}", f"data.sources.0.path={about_held_out}")}
+    def keys(self, verb: str, *more: str) -> list[str]:
+        return [f"data_root={self.data}", f"seed={self.number}", *(() if verb == "eval" else ("train.trackers=[]",)), *more, *self.overrides.get(verb, ())]
 
-    def evaluate(name: str, models: list[dict], *more: str) -> None:
-        config = load_recipe("eval", "demo_scenes", [f"data_root={data}", f"seed={seed}", f"out={here / name}", f"models={json.dumps(models)}",
-                                                    f"processes={launch.cpu_processes()}", *more])
-        if run_sweep(config, progress=say):
-            raise SystemExit(f"{here / name}: the evaluation is incomplete; see failed.jsonl")
+    def pretrain(self, arm: str) -> tuple:
+        keys = self.keys("pretrain", f"out={self.here / arm}", f"objective.shuffle_captions={str(arm == 'shuffled').lower()}")
+        return self.here / arm, demo.train, ("pretrain", "demo_scenes", keys)
 
-    pretrain("pretrained", "false")
-    assistants = [tune_as_in_the_demo(grid) for grid in ("1x1", "2x2", "2x2_upsampled")]
-    assistants.append({**assistants[1], "name": "pretrained 2x2_reduced", "source_size": VIEW})
-    evaluate("eval", assistants)
-    pretrain("shuffled", "true")
-    untrained(here / "random", common)
-    of_held_out = [tune_on_held_out(arm, HELD_OUT_STEPS) for arm in ("pretrained", "shuffled")]
-    longer = round(HELD_OUT_STEPS * (1 + pretraining_flops(common) / tuning_flops(common, here / f"{about_held_out.stem}_pretrained")))
-    of_held_out.append(tune_on_held_out("random", longer))
-    evaluate(f"eval_{about_held_out.stem}", of_held_out, f"benchmarks={json.dumps([HELD_OUT])}", f"train_conversations={json.dumps([str(about_held_out)])}")
+    def tune_as_in_the_demo(self, grid: str) -> tuple:
+        return self._tune("pretrained", grid, f"sft_pretrained_{grid}")
+
+    def tune_on_held_out(self, arm: str, steps: int) -> tuple:
+        return self._tune(arm, "1x1", self._on_held_out(arm), f"data.sources.0.path={self.about_held_out}", steps=steps)
+
+    def _on_held_out(self, arm: str) -> str:
+        return f"{self.about_held_out.stem}_{arm}"
+
+    def _tune(self, arm: str, grid: str, name: str, *more: str, steps: int | None = None) -> tuple:
+        keys = self.keys("sft", f"out={self.here / name}", f"encoder.path={self.here / arm / 'final'}", *more)
+        return self.here / name, demo.train, ("sft", f"demo_scenes_{grid}", [*keys, *(() if steps is None else (f"optim.steps={steps}",))])
+
+    def longer(self) -> int:
+        """Steps of the random arm: as many FLOPs as the pre-training and the tuning of the others."""
+        tuning = tuning_flops(self.keys("sft"), self.here / self._on_held_out("pretrained"))
+        return round(HELD_OUT_STEPS * (1 + pretraining_flops(self.keys("pretrain")) / tuning))
+
+    def ask(self) -> tuple:
+        models = [self._model(f"pretrained {grid}", f"sft_pretrained_{grid}", VIEW if grid == "2x2_upsampled" else None) for grid in ("1x1", "2x2", "2x2_upsampled")]
+        return self._evaluation("eval", [*models, self._model("pretrained 2x2_reduced", "sft_pretrained_2x2", VIEW)])
+
+    def ask_held_out(self) -> tuple:
+        models = [self._model(arm, self._on_held_out(arm), None) for arm in ("pretrained", "shuffled", "random")]
+        keys = (f"benchmarks={json.dumps([HELD_OUT])}", f"train_conversations={json.dumps([str(self.about_held_out)])}")
+        return self._evaluation(f"eval_{self.about_held_out.stem}", models, *keys)
+
+    def _model(self, name: str, run: str, source_size: int | None) -> dict:
+        return {"name": name, "path": str(self.here / run / "final"), "source_size": source_size}
+
+    def _evaluation(self, name: str, models: list[dict], *more: str) -> tuple:
+        return self.here / name, evaluate, (self.keys("eval", f"out={self.here / name}", f"models={json.dumps(models)}", *more),)
+
+
+def evaluate(keys: list[str]) -> None:
+    """In a process of the pool: one model after the other, and as many processes as the pool leaves this call cores."""
+    from aimv2_vlm.evaluation.sweep import run_sweep
+    from aimv2_vlm.train import launch
+
+    config = load_recipe("eval", "demo_scenes", [*keys, f"processes={launch.cpu_processes()}"])
+    if run_sweep(config, progress=say):
+        raise SystemExit(f"{config.out}: the evaluation is incomplete; see failed.jsonl")
 
 
 def write_held_out(data: Path) -> Path:
@@ -203,9 +237,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo_controls"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="1 was looked at while the held-out design was chosen (default: %(default)s)")
     parser.add_argument("--split", choices=("test", "dev"), default="test")
+    parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        run_seed(arguments.out, seed, arguments.split)
+    run_seeds(arguments.out, arguments.seeds, arguments.split, arguments.jobs)
     record("demo_controls", {"name": "demo_controls", "generator": scenes.GENERATOR_VERSION, "split": arguments.split, "seeds": arguments.seeds,
                              "held_out_pictures": HELD_OUT_PICTURES, **findings(arguments.out, arguments.seeds)})
 

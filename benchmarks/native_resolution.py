@@ -87,11 +87,11 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
     points = {(row, rate): root / "rates" / f"{row} {rate:g}" for row in ROWS for rate in rates}
     places = {(row, seed): root / f"seed_{seed}" / row for seed in arguments.seeds for row in ROWS}
     with Pool(arguments.jobs) as pool:
-        losses = pool.run("learning rates", held_out_loss_of, [
-            (place, (place, data["dev"], row, patches, rate, arguments.keys)) for (row, rate), place in points.items()])
+        losses = pool.run("learning rates", [
+            (place, held_out_loss_of, (place, data["dev"], row, patches, rate, arguments.keys)) for (row, rate), place in points.items()])
         best = objectives.best_rates(dict(zip(points, losses, strict=True)))
-        judged = pool.run("rows of the grid", judge_row, [
-            (place, (place, data["test"], root / "labelled_test", row, seed, patches, best[row], arguments.tasks, arguments.keys, optim))
+        judged = pool.run("rows of the grid", [
+            (place, judge_row, (place, data["test"], root / "labelled_test", row, seed, patches, best[row], arguments.tasks, arguments.keys, optim))
             for (row, seed), place in places.items()])
     cells: dict[tuple[str, str, str], dict[int, dict[str, int]]] = {}
     for (row, seed), columns in zip(places, judged, strict=True):

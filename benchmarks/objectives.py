@@ -237,16 +237,16 @@ def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = 
         write_labelled(root / f"labelled_{split}", split, labelled_counts or LABELLED)
     with Pool(arguments.jobs) as pool:
         points = {(arm, rate): root / "rates" / f"{arm} {rate:g}" for arm in arms for rate in rates}
-        losses = pool.run("learning rates", held_out_loss_of, [
-            (place, (place, data["dev"], arm, arguments.steps, rate, arguments.keys)) for (arm, rate), place in points.items()])
+        losses = pool.run("learning rates", [
+            (place, held_out_loss_of, (place, data["dev"], arm, arguments.steps, rate, arguments.keys)) for (arm, rate), place in points.items()])
         best = best_rates(dict(zip(points, losses, strict=True)))
         lines = []
 
         def study(name: str, steps: dict[str, list[int]]) -> dict[str, float]:
             """Operations of each arm."""
             places = {(arm, seed): root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, counts))}" for seed in arguments.seeds for arm, counts in steps.items()}
-            found = pool.run(name, judge_arm, [
-                (place, (place, data["test"], root / "labelled_test", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
+            found = pool.run(name, [
+                (place, judge_arm, (place, data["test"], root / "labelled_test", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
                 for (arm, seed), place in places.items()])
             judged = dict(zip(places, found, strict=True))
             flops = {arm: judged[arm, arguments.seeds[-1]]["flops"] for arm in steps}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aimv2_vlm.train.metrics import Progress
+from aimv2_vlm.train.metrics import Progress, say
 
 
 def jobs_here() -> int:
@@ -43,10 +43,10 @@ class Pool:
             lane.close()  # its process ends with that
             process.join()
 
-    def run(self, what: str, work: Callable[..., Any], calls: Sequence[tuple[Path, tuple]]) -> list[Any]:
-        """`work(*arguments)` of every (folder, arguments); results in order.
+    def run(self, what: str, calls: Sequence[tuple[Path, Callable[..., Any], tuple]]) -> list[Any]:
+        """`work(*arguments)` of every (folder, work, arguments); results in order.
 
-        Prints go to `<folder>/log.txt`. SIGINT and SIGTERM are handed on, so that training runs save and stop, and end
+        What they print goes to `<folder>/log.txt`. SIGINT and SIGTERM are handed on, so that training runs save and stop, and end
         this process when they have; a call that fails ends it when those that had begun are through. Raises SystemExit then.
         """
         free, waiting, running = list(self._lanes), list(enumerate(calls))[::-1], {}
@@ -60,13 +60,15 @@ class Pool:
                 if process.is_alive():
                     os.kill(process.pid, number)
 
+        if calls:
+            say(f"{what}: {len(calls)} runs, {len(self._lanes)} at once; what they print is in {os.path.commonpath([folder for folder, _, _ in calls])}/**/log.txt")
         progress = Progress(what, len(calls), unit="runs")
         old = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while running or (waiting and not failed and not stopped):
                 while waiting and free and not failed and not stopped:
-                    (number, (folder, arguments)), lane = waiting.pop(), free.pop()
-                    lane.send((work, folder, arguments))
+                    (number, call), lane = waiting.pop(), free.pop()
+                    lane.send(call)
                     running[lane] = number
                 for lane in wait(list(running), timeout=1.0):
                     number = running.pop(lane)
@@ -96,7 +98,7 @@ def _lane(calls: Connection, core: int) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            work, folder, arguments = calls.recv()
+            folder, work, arguments = calls.recv()
         except (EOFError, KeyboardInterrupt):
             return
         folder.mkdir(parents=True, exist_ok=True)

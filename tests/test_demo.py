@@ -33,6 +33,25 @@ def test_the_demo_goes_from_nothing_to_a_report_and_a_second_start_repeats_nothi
     assert len(cells) == 3 * 2 * 3 and {c["source_size"] for c in cells} == {None, 56}
 
 
+def test_the_controls_train_and_ask_every_arm_of_every_seed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    controls = importlib.import_module("demo_controls")
+    for name, value in {"PRETRAINING_SAMPLES": 40, "HELD_OUT_SAMPLES": 8, "TUNING_PICTURES": 12, "TEST_PICTURES": 6}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(controls, "HELD_OUT_STEPS", 2)
+    monkeypatch.setattr(controls.Seed, "longer", lambda self: 3)  # at this size the right number is thousands
+    overrides = {"pretrain": SMALL["pretrain"], "sft": SMALL["sft"], "eval": ["limit=3", "max_new_tokens=2", "precision=fp32"]}
+    controls.run_seeds(tmp_path, [2], "dev", 2, overrides)
+    found = controls.findings(tmp_path, [2])
+    assert found["uses_picture"]["pretrained 2x2"]["questions"] == 12 and set(found["pretraining"]) == {"shuffled", "random"}
+    runs = {place.parent.name: json.loads((place.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+            for place in (tmp_path / "seed_2").glob("*/recipe.yaml")}
+    assert runs == {"pretrained": 4, "shuffled": 4, "sft_pretrained_1x1": 4, "sft_pretrained_2x2": 4, "sft_pretrained_2x2_upsampled": 4,
+                    "held_out_300_pretrained": 2, "held_out_300_shuffled": 2, "held_out_300_random": 3}
+    captions = {arm: "shuffle_captions: true" in (tmp_path / "seed_2" / arm / "recipe.yaml").read_text(encoding="utf-8") for arm in ("pretrained", "shuffled")}
+    assert captions == {"pretrained": False, "shuffled": True}
+
+
 def test_the_claims_of_the_demo_are_computed_from_paired_questions_of_every_seed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     controls = importlib.import_module("demo_controls")

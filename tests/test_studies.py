@@ -88,9 +88,9 @@ def work(number, seconds, fail):
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    calls = [(out / str(n), (n, s, n == int(sys.argv[2]))) for n, s in enumerate(map(float, sys.argv[3:]))]
+    calls = [(out / str(n), work, (n, s, n == int(sys.argv[2]))) for n, s in enumerate(map(float, sys.argv[3:]))]
     with Pool(2) as pool:
-        results = pool.run("numbers", work, calls)
+        results = pool.run("numbers", calls)
     print(*[one["number"] for one in results], max(one["cores"] for one in results), results[0]["times"][1] > results[1]["times"][0])
 """
 
