@@ -16,13 +16,12 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.order import combine, draws, permute
 from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.shards import BadSample
-from aimv2_vlm.data.transforms import decode_image
+from aimv2_vlm.data.transforms import decode_image, resize
 
 STRATA = 64
 CENTER, SPREAD = 9.5, 2.5  # of n = log2(A)
@@ -122,17 +121,11 @@ class WholePicture:
         grid = [max(1, round(side / self.patch_size)) for side in picture_CHW.shape[1:]]
         if math.prod(grid) > self.max_patches:
             grid = fit_grid(*picture_CHW.shape[1:], self.max_patches)
-        return _resized(picture_CHW, [side * self.patch_size for side in grid])
+        return resize(picture_CHW, tuple(side * self.patch_size for side in grid))
 
     @property
     def blank(self) -> torch.Tensor:
         return torch.zeros(3, self.patch_size, self.patch_size, dtype=torch.uint8)
-
-
-def _resized(picture_CHW: torch.Tensor, size: list[int]) -> torch.Tensor:
-    if list(picture_CHW.shape[1:]) == size:
-        return picture_CHW
-    return resize(picture_CHW, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 def patchify(picture_CHW: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -146,7 +139,7 @@ def native_patches(picture_CHW: torch.Tensor, num_patches: int, patch_size: int)
     """uint8 (3, H, W) -> patches uint8 (rows * columns, 3 * p * p) of the picture resized (bicubic, antialiased) to its grid, and
     the grid (rows, columns)."""
     grid = fit_grid(picture_CHW.shape[1], picture_CHW.shape[2], num_patches)
-    return patchify(_resized(picture_CHW, [side * patch_size for side in grid]), patch_size), grid
+    return patchify(resize(picture_CHW, tuple(side * patch_size for side in grid)), patch_size), grid
 
 
 def collate_native(patches: list[torch.Tensor], grids: list[tuple[int, int]], num_patches: int) -> dict[str, torch.Tensor]:

@@ -195,7 +195,7 @@ def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
 # ------------------------------------------------------------------------------------------------------------- geometry
 
 
-def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic, antialiased, on uint8 (rounded and clamped): (3, H, W) -> (3, *size)."""
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
@@ -270,7 +270,7 @@ class TrainTransform:
 
     def _finish(self, image: torch.Tensor, crop: tuple[int, int, int, int], rng: Draws) -> torch.Tensor:
         top, left, height, width = crop
-        pixels = _resize(image[:, top : top + height, left : left + width], (self.size, self.size))
+        pixels = resize(image[:, top : top + height, left : left + width], (self.size, self.size))
         return pixels.flip(2) if rng.uniform() < self.flip else pixels
 
 
@@ -286,7 +286,7 @@ class EvalTransform:
         height, width = image.shape[1:]
         short, resized = min(height, width), self.resize or self.size
         height, width = resized * height // short, resized * width // short
-        pixels = _resize(image, (height, width))
+        pixels = resize(image, (height, width))
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return pixels[:, top : top + self.size, left : left + self.size].contiguous()
 
