@@ -1,13 +1,14 @@
 """Miniatures of Table 9a/b/d and Figure 4: one encoder an objective on the embedded data, told apart by attentive probes.
 
-    python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--no-equal-operations] [--jobs N]
+    python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--budgets 1 0.5] [--jobs N]
 
 Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP,
 CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the resolution first. Figure 4 is
 aimv2 against captioning at --figure4 shares of the samples. Rules:
 - The learning rate of each arm is the best of three by its own held-out loss, seed 0, dev data; then fresh seeds on test data, once.
 - Seeds are paired: the same pictures in the same order, and the encoder's initial weights are the same tensors in every arm.
-- `samples`: every arm sees as many pictures. `flops`: every arm gets aimv2's operations (arms within 3 % of it are not run twice).
+- Equal samples: every arm sees as many pictures. Equal operations: every arm gets aimv2's (arms within 3 % of it are not run twice), and what is
+  cheaper than the paper stands beside it at a second budget.
 - Probes (evaluation/probing.py) on labelled detail pictures nobody trained on: word (print), digit, shape, color, and what no caption
   names (texture, plate). Their learning rate is chosen on a tenth of train.
 - Reported: accuracy, and arm - aimv2 with a 95 % interval over seeds x pictures; a ranking stands only where it excludes 0. With three seeds
@@ -40,6 +41,7 @@ ARMS = {  # name -> recipes of its stages
     "clip": ["mini_clip"], "cappa": ["mini_cappa"], "separate decoders": ["mini_separate"], "captions from a third": ["mini_caption_third"],
     "half resolution first": ["mini_low_resolution_first", "mini_low_resolution_then_full"],
 }
+CHEAPER = ("captions from a third", "half resolution first")  # than the paper
 LEARNING_RATES = (2e-4, 4e-4, 8e-4)
 TASKS = ("word", "digit", "shape", "color", "texture", "plate")
 LABELLED = {"train": 2000, "judged": 600}
@@ -218,7 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--equal-operations", action=argparse.BooleanOptionalAction, default=True, help="compare at equal operations as well (default: %(default)s)")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.5], help="shares of aimv2's operations to compare at; below 1 only the cheaper arms (default: %(default)s)")
     parser.add_argument("--figure4", type=float, nargs="*", default=[0.25, 0.5], help="shares of the samples at which aimv2 stands beside captioning")
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
@@ -258,9 +260,10 @@ def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = 
             return flops
 
         cost = study("equal samples", {arm: arm_steps(arm, arguments.steps) for arm in arms})
-        if arguments.equal_operations:
-            share = {arm: cost[BASE] / cost[arm] for arm in arms}
-            study("equal operations", {arm: arm_steps(arm, arguments.steps, 1.0 if abs(share[arm] - 1) < SAME_COST else share[arm]) for arm in arms})
+        share = {arm: 1.0 if abs(cost[BASE] / cost[arm] - 1) < SAME_COST else cost[BASE] / cost[arm] for arm in arms}
+        for budget in arguments.budgets:
+            compared = arms if budget == 1 else [arm for arm in arms if arm in (BASE, *CHEAPER)]
+            study(f"equal operations, {budget:g} of the budget", {arm: arm_steps(arm, arguments.steps, budget * share[arm]) for arm in compared})
         for part in arguments.figure4 if "captioning prefix" in arms else []:
             study(f"Figure 4, {part:g} of the samples", {arm: arm_steps(arm, arguments.steps, part) for arm in (BASE, "captioning prefix")})
     return lines

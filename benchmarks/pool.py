@@ -68,14 +68,18 @@ class Pool:
             while running or (waiting and not failed and not stopped):
                 while waiting and free and not failed and not stopped:
                     (number, call), lane = waiting.pop(), free.pop()
-                    lane.send(call)
-                    running[lane] = number
+                    try:
+                        lane.send(call)
+                    except OSError:  # its process was ended while it had nothing to do
+                        failed = f"{what}: a process of the pool was ended from outside; the same command goes on from there"
+                    else:
+                        running[lane] = number
                 for lane in wait(list(running), timeout=1.0):
                     number = running.pop(lane)
                     try:
                         good, results[number] = lane.recv()
                         free.append(lane)
-                    except EOFError:  # its process was ended from outside
+                    except (EOFError, OSError):  # its process was ended from outside
                         good = False
                     if not good:
                         failed = failed or f"{calls[number][0] / 'log.txt'}: this run failed; the last lines say why"
@@ -90,6 +94,7 @@ class Pool:
 
 
 def _lane(calls: Connection, core: int) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # a spawned process would spawn its loader workers
     os.setsid()  # a Ctrl-C reaches this process once, from the one that started it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, {core})

@@ -32,12 +32,14 @@ COUNTS = {"train": 40, "judged": 12}
 
 def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes_on_after_a_stop(benchmarks, scenes_root, tmp_path):
     objectives, out = benchmarks("objectives"), tmp_path / "out"
-    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "half resolution first"], tasks=["texture"], equal_operations=True,
+    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "half resolution first"], tasks=["texture"], budgets=[1.0, 0.5],
                                    figure4=[0.5], keys=KEYS, jobs=2)
     data = {"dev": scenes_root, "test": scenes_root}
     lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, data)
-    assert [line["name"] for line in lines] == ["objectives, equal samples", "objectives, equal operations", "objectives, Figure 4, 0.5 of the samples"]
-    samples, operations, figure4 = lines
+    assert [line["name"] for line in lines] == [
+        "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
+    samples, operations, half, figure4 = lines
+    assert set(operations["table"]) == set(samples["table"]) and set(half["table"]) == {"aimv2", "half resolution first"}
     assert samples["steps"]["aimv2"] == [4] and len(samples["steps"]["half resolution first"]) == 2 and figure4["steps"]["aimv2"] == [2]
     # a captioning arm is cheaper a step, so it gets more of them for as many operations
     assert samples["tflops"]["captioning prefix"] <= samples["tflops"]["aimv2"]
@@ -46,11 +48,10 @@ def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes
     assert row["interval"][0] <= row["minus_aimv2"] <= row["interval"][1] and row["told_apart"] == (row["interval"][0] > 0 or row["interval"][1] < 0)
     assert "pre-training: finished" in (out / "seed_1" / "aimv2 4" / "log.txt").read_text(encoding="utf-8")
     trained = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    arguments.figure4 = []
-    assert objectives.run(arguments, COUNTS, (1e-3,), PROBE, data) == lines[:2]
+    assert objectives.run(arguments, COUNTS, (1e-3,), PROBE, data) == lines
     assert trained == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     written = [json.loads(line)["name"] for line in (tmp_path / "results" / "objectives.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert written == [line["name"] for line in [*lines, *lines[:2]]]
+    assert written == [line["name"] for line in lines] * 2
 
 
 def test_native_resolution_fills_every_cell_of_its_grid(benchmarks, scenes_root, tmp_path):
