@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -230,9 +231,18 @@ def test_tuning_goes_on_bit_for_bit_and_its_features_are_made_once(scenes_root, 
         assert torch.equal(kept, tensor), name  # the encoder is frozen
 
 
-def test_cached_features_train_the_same_as_fresh_ones(scenes_root, tiny_encoder, tmp_path):
-    for name in ("on", "off"):
-        run_cli(*tuning(scenes_root, tiny_encoder, tmp_path / name, f"encoder.cache={name}"))
+@pytest.fixture
+def spawning():
+    """Loader workers begin as they do on macOS: sent everything they need, sharing nothing."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_cached_features_train_the_same_as_fresh_ones_and_workers_may_be_spawned(scenes_root, tiny_encoder, tmp_path, spawning):
+    for name, workers in (("on", 0), ("off", 1)):
+        run_cli(*tuning(scenes_root, tiny_encoder, tmp_path / name, f"encoder.cache={name}", f"train.num_workers={workers}"))
     a, b = rows(tmp_path / "on"), rows(tmp_path / "off")
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], abs=1e-5)
 

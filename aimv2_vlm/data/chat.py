@@ -347,27 +347,36 @@ def _repeat(ids: list[int], image_token_id: int, counts: Sequence[int]) -> tuple
     return repeated, used
 
 
-def _plain_encoders(tokenizer):
-    """Two functions text -> ids that know no special token: for a text's beginning, and for what follows a special
-    token.
+class _PlainEncoder:
+    """Text -> ids by a tokenizer's state, knowing no special token. Goes to loader workers by that state: pickling
+    the tokenizer itself would lose `encode_special_tokens`."""
+
+    def __init__(self, state: str):
+        from tokenizers import Tokenizer
+
+        self._state, self._backend = state, Tokenizer.from_str(state)
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def __call__(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def __reduce__(self) -> tuple:
+        return _PlainEncoder, (self._state,)
+
+
+def _plain_encoders(tokenizer) -> tuple[_PlainEncoder, _PlainEncoder]:
+    """For a text's beginning, and for what follows a special token.
 
     They differ where the tokenizer puts a space in front of a text's beginning only (sentencepiece).
     """
-    from tokenizers import Tokenizer
-
-    def encoder(state: str):
-        backend = Tokenizer.from_str(state)
-        backend.encode_special_tokens = True
-        backend.no_padding()
-        backend.no_truncation()
-        return lambda text: backend.encode(text, add_special_tokens=False).ids
-
     state = tokenizer.backend_tokenizer.to_str()
     later = json.loads(state)
     for step in _flat_steps(later.get("pre_tokenizer")):
         if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
             step["prepend_scheme"] = "never"
-    return encoder(state), encoder(json.dumps(later))
+    return _PlainEncoder(state), _PlainEncoder(json.dumps(later))
 
 
 def _flat_steps(step: dict | None) -> list[dict]:
