@@ -71,19 +71,27 @@ def model_overrides(root: Path) -> list[str]:
     return [f"models.{i}.path={root / Path(model.path).relative_to('runs/demo')}" for i, model in enumerate(config.models)]
 
 
+def _bar(what: str) -> Callable[[int, int], None]:
+    return Progress(what, 1, unit="pictures").of
+
+
+def write_shards(root: Path) -> None:
+    """Shards to pre-train on and to validate with; what is already there is kept."""
+    from aimv2_vlm.data import scenes
+
+    scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, detail_share=DETAIL_SHARE, progress=_bar("drawing shards"))
+    scenes.write_pretraining_shards(root / "held_out", "dev", HELD_OUT_SAMPLES, progress=_bar("drawing held-out shards"))
+
+
 def write_data(root: Path, split: str) -> None:
     """Shards, conversations and benchmarks of the embedded data; what is already there is kept."""
     from aimv2_vlm.data import scenes
 
-    def bar(what: str) -> Callable[[int, int], None]:
-        return Progress(what, 1, unit="pictures").of
-
-    scenes.write_pretraining_shards(root / "shards", "train", PRETRAINING_SAMPLES, detail_share=DETAIL_SHARE, progress=bar("drawing shards"))
-    scenes.write_pretraining_shards(root / "held_out", "dev", HELD_OUT_SAMPLES, progress=bar("drawing held-out shards"))
+    write_shards(root)
     asked = (scenes.HELD_OUT,)
     scenes.write_conversations(root / "conversations", "train", TUNING_PICTURES, held_out=asked, questioned=QUESTIONED,
-                               progress=bar("drawing conversations"))
-    scenes.write_benchmarks(root / "benchmarks", split, TEST_PICTURES, held_out=asked, progress=bar("drawing benchmarks"))
+                               progress=_bar("drawing conversations"))
+    scenes.write_benchmarks(root / "benchmarks", split, TEST_PICTURES, held_out=asked, progress=_bar("drawing benchmarks"))
 
 
 class Clock:

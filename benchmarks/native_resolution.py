@@ -2,18 +2,18 @@
 
     python benchmarks/native_resolution.py [--out runs/native_resolution] [--steps 1200] [--seeds 1 2 3] [--jobs N]
 
-Rows: fixed 56 px, fixed 112 px, native (16 to 64 patches of 14 px), and fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up.
-Every row spends the same number of patches (--steps x 32 x 16); learning rates as in benchmarks/objectives.py, on dev.
+Rows: fixed 56 px, fixed 112 px, native (16 to 64 patches of 14 px), and fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up;
+all from scratch (Table 6 goes on from one encoder), from the same initial tensors (learned positions resized, sin-cos ones computed).
+Every row makes about as many updates (--steps) of as many patches (512, of which native leaves some 15 % empty); learning rates as in benchmarks/objectives.py.
 Columns: pictures at 56 px, at 112 px, and native: each as it is stored (detail pictures have 56 px, scenes 112; the embedded pictures are square, so
-sizes differ here and aspects do not). A fixed encoder with learned positions gets them resized to the size it is probed at. In the native column each size
-has its own probe, and the two accuracies are averaged over all pictures.
-Reported: accuracy in every cell, native - fixed at the same column with a 95 % interval over seeds x pictures.
+sizes differ here and aspects do not). A fixed encoder with learned positions gets them resized to the size it is probed at. Each kind of picture
+has its own probe at each size; a cell is their accuracy over all pictures.
+Reported: accuracy in every cell, native - each other row at the same column with a 95 % interval over seeds x pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from aimv2_vlm.data.native import STRATA, NativeSchedule
 from aimv2_vlm.evaluation.metrics import paired_difference
 from aimv2_vlm.recipe import load_recipe
 
-PATCH, SIZES, KINDS = 14, (56, 112), ("detail", "scene")
+KINDS = ("detail", "scene")
 ROWS: dict[str, tuple[str, list[str]]] = {
-    "fixed 56": ("mini_aimv2", []), "fixed 112": ("mini_aimv2", ["image.size=112"]), "native": ("mini_native", []),
+    "fixed 56": ("mini_aimv2", []), "fixed 112": ("mini_aimv2", ["image.size=112", "optim.batch_size=8", "optim.micro_batch_size=8"]),
+    "native": ("mini_native", ["image.native.minibatches=1"]),
     "fixed 56, sin-cos": ("mini_aimv2", ["encoder.position_embedding=sincos"]),
 }
-COLUMNS = ("56", "112", "native")
+COLUMNS = {"56": ((0, 56), (1, 56)), "112": ((0, 112), (1, 112)), "native": ((0, 56), (1, 112))}  # name -> (kind, size) of its probes
 TASKS = ("word", "shape", "texture")
 
 
@@ -48,9 +49,11 @@ def patches_a_step(row: str, keys: list[str]) -> float:
 
 def train_row(place: Path, data: Path, row: str, seed: int, patches: float, rate: float, keys: list[str]) -> Path:
     recipe, own = ROWS[row]
+    positions = load_recipe("pretrain", recipe, ["data_root=/", *own]).encoder.position_embedding
+    start = objectives.starting_encoder(data / "starts", seed, keys, positions)
     steps = max(2, round(patches / patches_a_step(row, keys)))
-    demo.train("pretrain", recipe, [*objectives.run_keys(data, seed, place, rate, steps), *own, *keys])
-    return place
+    demo.train("pretrain", recipe, [*objectives.run_keys(data, seed, place / "run", rate, steps), *own, *keys, f"encoder.path={start}"])
+    return place / "run"
 
 
 def held_out_loss_of(place: Path, data: Path, row: str, patches: float, rate: float, keys: list[str]) -> float | None:
@@ -59,39 +62,35 @@ def held_out_loss_of(place: Path, data: Path, row: str, patches: float, rate: fl
 
 def judge_row(place: Path, data: Path, labelled: Path, row: str, seed: int, patches: float, rate: float, tasks: list[str], keys: list[str],
               optim: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """Train one row and probe its cells: column -> task -> outcome of each judged picture."""
-    train_row(place, data, row, seed, patches, rate, keys)
-    probes = place.with_name(f"{row} probes")
-    return {column: {task: probe_cell(place, labelled, task, column, probes, seed, optim) for task in tasks} for column in COLUMNS}
+    """Train one row and probe it: column -> task -> name of each judged picture -> right or wrong."""
+    encoder = train_row(place, data, row, seed, patches, rate, keys)
+    probed = {(task, *probe): probe_kind(encoder, labelled, task, *probe, place / "probes" / task, seed, optim)
+              for task in tasks for probe in sorted({probe for probes in COLUMNS.values() for probe in probes})}
+    return {column: {task: {name: right for probe in probes for name, right in probed[task, *probe].items()} for task in tasks} for column, probes in COLUMNS.items()}
 
 
-def probe_cell(encoder: Path, labelled: Path, task: str, column: str, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
-    """Name of each judged picture -> right or wrong."""
+def probe_kind(encoder: Path, labelled: Path, task: str, kind: int, size: int, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
+    """Name of each judged picture of a kind, shown at `size` -> right or wrong."""
     from aimv2_vlm.evaluation.probing import best_of
 
-    outcomes: dict[str, int] = {}
-    for kind, size in zip(KINDS, SIZES, strict=True) if column == "native" else [(None, int(column))]:
-        recipe = ProbeRecipe(out=str(out / task / f"{column}-{kind or 'all'}"), seed=seed)
-        recipe.encoder.path, recipe.encoder.image_size = str(encoder / "final"), size
-        recipe.data.path, recipe.data.test, recipe.augment.policy, recipe.crop_fraction = str(labelled), "judged", "none", 1.0
-        recipe.data.where = {"task": task} | ({"kind": kind} if kind else {})
-        objectives.small_probe(recipe, optim)
-        outcomes |= {row["name"]: row["right"] for row in objectives.judged_pictures(recipe, best_of(recipe, objectives.PROBE_RATES, objectives.PROBE_DECAYS, best_on_test=False))}
-    return outcomes
+    recipe = ProbeRecipe(out=str(out / f"{KINDS[kind]}-{size}"), seed=seed)
+    recipe.encoder.path, recipe.encoder.image_size = str(encoder / "final"), size
+    recipe.data.path, recipe.data.test, recipe.augment.policy, recipe.crop_fraction = str(labelled), "judged", "none", 1.0
+    recipe.data.where = {"task": task, "kind": KINDS[kind]}
+    objectives.small_probe(recipe, optim)
+    found = best_of(recipe, objectives.PROBE_RATES, objectives.PROBE_DECAYS, best_on_test=False)
+    return {row["name"]: row["right"] for row in objectives.judged_pictures(recipe, found)}
 
 
-def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[float, ...], optim: dict[str, Any], data: dict[str, Path]) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[float, ...], optim: dict[str, Any], data: Path) -> dict[str, Any]:
     root, patches = arguments.out, arguments.steps * 32 * 16
-    for split in data:
-        objectives.write_labelled(root / f"labelled_{split}", split, counts, KINDS, TASKS)
-    points = {(row, rate): root / "rates" / f"{row} {rate:g}" for row in ROWS for rate in rates}
+    objectives.write_labelled(root / "labelled", arguments.split, counts, KINDS, TASKS)
     places = {(row, seed): root / f"seed_{seed}" / row for seed in arguments.seeds for row in ROWS}
     with Pool(arguments.jobs) as pool:
-        losses = pool.run("learning rates", [
-            (place, held_out_loss_of, (place, data["dev"], row, patches, rate, arguments.keys)) for (row, rate), place in points.items()])
-        best = objectives.best_rates(dict(zip(points, losses, strict=True)))
+        losses = objectives.choose_rates(lambda points: pool.run("learning rates", [
+            (place := root / "rates" / f"{row} {rate:g}", held_out_loss_of, (place, data, row, patches, rate, arguments.keys)) for row, rate in points]), list(ROWS), rates)
         judged = pool.run("rows of the grid", [
-            (place, judge_row, (place, data["test"], root / "labelled_test", row, seed, patches, best[row], arguments.tasks, arguments.keys, optim))
+            (place, judge_row, (place, data, root / "labelled", row, seed, patches, next(iter(losses[row])), arguments.tasks, arguments.keys, optim))
             for (row, seed), place in places.items()])
     cells: dict[tuple[str, str, str], dict[int, dict[str, int]]] = {}
     for (row, seed), columns in zip(places, judged, strict=True):
@@ -101,15 +100,17 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
     grid: dict[str, Any] = {}
     for (row, column, task), seeds in cells.items():
         grid.setdefault(task, {}).setdefault(row, {})[column] = round(100 * float(np.mean([v for s in seeds.values() for v in s.values()])), 1)
-    against = {}
-    for task in arguments.tasks:
-        for column, fixed in (("56", "fixed 56"), ("112", "fixed 112"), ("native", "fixed 112")):
-            ours, theirs = cells["native", column, task], cells[fixed, column, task]
-            names = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
-            mean, low, high = paired_difference([[ours[s][n] for n in names[s]] for s in ours], [[theirs[s][n] for n in names[s]] for s in ours], list(names.values()))
-            against[f"{task} at {column}: native - {fixed}"] = {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)]}
-    line = {"name": "native resolution, 3 x 3 grid", "seeds": arguments.seeds, "patches_spent": patches, "lr": best, "grid": grid, "differences": against}
-    record("native_resolution", json.loads(json.dumps(line)))
+    against: dict[str, Any] = {}
+    for (other, column, task), theirs in cells.items():
+        if other == "native":
+            continue
+        ours = cells["native", column, task]
+        names = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
+        mean, low, high = paired_difference([[ours[s][n] for n in names[s]] for s in ours], [[theirs[s][n] for n in names[s]] for s in ours], list(names.values()), seed=0)
+        against.setdefault(task, {}).setdefault(other, {})[column] = {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)]}
+    line = {"name": "native resolution, 3 x 3 grid", "split": arguments.split, "seeds": arguments.seeds, "patches_spent": patches, "held_out_loss_by_lr": losses,
+            "evaluations_of_each_run": 1, "grid": grid, "native_minus": against}
+    record("native_resolution", line)
     return line
 
 
@@ -120,12 +121,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the judged pictures (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
     arguments = parser.parse_args()
-    data = {split: arguments.out / f"data_{split}" for split in ("dev", "test")}
-    for split, folder in data.items():
-        demo.write_data(folder, split)
-    run(arguments, {"train": 2400, "judged": 800}, objectives.LEARNING_RATES, {}, data)
+    data = arguments.out / "data"
+    demo.write_shards(data)
+    run(arguments, {"train": 2400, "judged": 2000}, objectives.LEARNING_RATES, {}, data)
 
 
 if __name__ == "__main__":

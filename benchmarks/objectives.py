@@ -2,18 +2,20 @@
 
     python benchmarks/objectives.py [--out runs/objectives] [--steps 800] [--seeds 1 2 3] [--budgets 1 0.5] [--jobs N]
 
-Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP,
-CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the resolution first. Figure 4 is
-aimv2 against captioning at --figure4 shares of the samples. Rules:
-- The learning rate of each arm is the best of three by its own held-out loss, seed 0, dev data; then fresh seeds on test data, once.
-- Seeds are paired: the same pictures in the same order, and the encoder's initial weights are the same tensors in every arm.
+Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): aimv2, aimv1, captioning with a prefix and bidirectional, CLIP
+(batches of 64, half the updates), CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the
+resolution first. Figure 4 is aimv2 against captioning at --figure4 shares of the samples. Rules:
+- The learning rate of each arm is the best by its own held-out loss, seed 0: of three, and of further ones until the best has a worse one on
+  both sides. It is found at --steps and kept for other lengths. Then fresh seeds, judged on test pictures, once.
+- Seeds are paired: the same pictures in the same order, and the encoder's initial weights are the same tensors in every arm (at half the
+  resolution with its positions resized). The second stage of half resolution first draws an order of its own; a part of its pictures repeats.
 - Equal samples: every arm sees as many pictures. Equal operations: every arm gets aimv2's (arms within 3 % of it are not run twice), and what is
   cheaper than the paper stands beside it at a second budget.
 - Probes (evaluation/probing.py) on labelled detail pictures nobody trained on: word (print), digit, shape, color, and what no caption
-  names (texture, plate). Their learning rate is chosen on a tenth of train.
-- Reported: accuracy, and arm - aimv2 with a 95 % interval over seeds x pictures; a ranking stands only where it excludes 0. With three seeds
-  some 3.5 points can be told apart; the paper's own gaps in Table 9 are 0.2 to 1.
-Runs stand side by side, one a core (pool.py). Every stage continues after a kill and is passed over when finished. One result line a match
+  names (texture, plate, side). Their learning rate is chosen on a tenth of train.
+- Reported: accuracy, and arm - aimv2 (captions from a third: - captioning with a prefix) with a 95 % interval over seeds x pictures. A ranking stands
+  only where it excludes 0; of the comparisons of a line one in twenty does so by chance. The paper's own gaps in Table 9 are 0.2 to 1 point.
+Runs stand side by side, one a core (pool.py). Every stage continues after a kill and is passed over when finished. One result line a comparison
 goes to benchmarks/results/.
 """
 
@@ -21,6 +23,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from record import record
 from aimv2_vlm import demo
 from aimv2_vlm.config import ProbeRecipe
 from aimv2_vlm.data import scenes
+from aimv2_vlm.data.shards import write_json
 from aimv2_vlm.evaluation.metrics import paired_difference
 from aimv2_vlm.recipe import load_recipe
 from aimv2_vlm.train.metrics import say
@@ -41,10 +48,11 @@ ARMS = {  # name -> recipes of its stages
     "clip": ["mini_clip"], "cappa": ["mini_cappa"], "separate decoders": ["mini_separate"], "captions from a third": ["mini_caption_third"],
     "half resolution first": ["mini_low_resolution_first", "mini_low_resolution_then_full"],
 }
+AGAINST = {"captions from a third": "captioning prefix"}  # where it is not BASE
 CHEAPER = ("captions from a third", "half resolution first")  # than the paper
 LEARNING_RATES = (2e-4, 4e-4, 8e-4)
-TASKS = ("word", "digit", "shape", "color", "texture", "plate")
-LABELLED = {"train": 2000, "judged": 600}
+TASKS = ("word", "digit", "shape", "color", "texture", "plate", "side")
+LABELLED = {"train": 2000, "judged": 2000}
 FIRST_LABELLED = 30_000_000  # scene numbers that no other stream uses
 PROBE_RATES, PROBE_DECAYS = (1e-3, 4e-3), (0.05,)
 SAME_COST = 0.03
@@ -60,6 +68,7 @@ def labels(scene: scenes.Scene) -> dict[str, str]:
         found["digit"] = str(scene.digits[0].value)
     if len(scene.shapes) == 1:
         found |= {"shape": scene.shapes[0].name, "color": scene.shapes[0].color}
+        found |= {"side": question.answers[0] for question in scenes.questions(scene) if question.attribute == "side"}  # in the middle: none
     if len(words := scene.prints("word")) == 1:
         found["word"] = words[0].text
         if words[0].plate != "none":
@@ -68,24 +77,26 @@ def labels(scene: scenes.Scene) -> dict[str, str]:
 
 
 def write_labelled(folder: Path, split: str, counts: dict[str, int], kinds: tuple[str, ...] = ("detail",), tasks: tuple[str, ...] = TASKS) -> None:
-    """`train-0.parquet` and `judged-0.parquet` with columns image, kind, task, label: pictures of `kinds` in equal parts, those of train from train scenes."""
+    """`train-0.parquet` and `judged-0.parquet` with columns image, kind, task, label: pictures of `kinds` in equal parts, those of train from train
+    scenes. Raises SystemExit where other ones are there."""
     import pyarrow
     import pyarrow.parquet
 
+    about = {"split": split, "counts": counts, "kinds": list(kinds), "tasks": list(tasks), "generator": scenes.GENERATOR_VERSION}
+    if (folder / "about.json").exists():
+        if json.loads((folder / "about.json").read_text(encoding="utf-8")) != about:
+            raise SystemExit(f"{folder / 'about.json'}: these labelled pictures are other ones than asked for now ({json.dumps(about)}); give another --out")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_split in (("train", "train"), ("judged", split)):
-        path = folder / f"{name}-0.parquet"
-        if path.exists():
-            continue
         rows: list[dict[str, Any]] = []
         for number in range(counts[name]):
             kind, index = kinds[number % len(kinds)], FIRST_LABELLED + number
             scene = scenes.make_scene(of_split, index, kind)
             image = {"bytes": scenes.encode_jpeg(scenes.render(scene)), "path": f"{of_split}-{kind}-{index}.jpg"}
             rows += [{"image": image, "kind": kind, "task": task, "label": label} for task, label in labels(scene).items() if task in tasks]
-        temporary = path.with_suffix(".tmp")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
-        temporary.rename(path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}-0.parquet")
+    write_json(folder / "about.json", about)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arms
@@ -97,12 +108,40 @@ def run_keys(data: Path, seed: int, out: Path, rate: float, steps: int) -> list[
             f"optim.warmup_steps={min(50, max(1, steps // 10))}", f"train.validate_every={steps}", f"train.save_every={max(1, steps // 4)}"]
 
 
+def starting_encoder(folder: Path, seed: int, keys: list[str], position_embedding: str = "learned") -> Path:
+    """A checkpoint of the encoder that mini_aimv2 begins from with this seed, for arms whose own draw would be another one: at another size the learned
+    positions are resized; with sin-cos positions the rest is the same."""
+    from aimv2_vlm.models.encoder import POSITIONS, build_encoder
+    from aimv2_vlm.train.run import seeded
+
+    place = folder / f"{position_embedding} {seed}"
+    if not place.exists():
+        recipe = load_recipe("pretrain", "mini_aimv2", ["data_root=/", *keys])
+        sizes = {key: getattr(recipe.encoder, key) for key in ("patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")}
+        encoder = seeded(seed, lambda: build_encoder(image_size=recipe.image.size, **sizes))
+        if position_embedding == "sincos":
+            drawn = encoder.state_dict()
+            del drawn[POSITIONS]
+            encoder = build_encoder(image_size=recipe.image.size, position_embedding="sincos", **sizes)
+            encoder.load_state_dict(drawn, strict=False)
+        partial = place.with_name(f"{place.name} {os.getpid()}")
+        encoder.save_pretrained(partial)
+        try:
+            partial.rename(place)
+        except OSError:  # another process of the pool was first
+            shutil.rmtree(partial)
+    return place
+
+
 def train_arm(root: Path, data: Path, arm: str, seed: int, steps: list[int], rate: float, more: list[str]) -> Path:
-    """Every stage of an arm; returns the last run. A later stage goes on from encoder, decoder and tokenizer of the one before."""
+    """Every stage of an arm; returns the last run. A later stage goes on from encoder, decoder and tokenizer of the one before, in an order of its own."""
     run = root
     for number, (recipe, count) in enumerate(zip(ARMS[arm], steps, strict=True)):
-        before = ["text.tokenizer={0}/final/pretraining/tokenizer.model", "encoder.path={0}/final", "decoder.path={0}/final"] if number else []
-        keys = [key.format(run) for key in before]
+        keys = []
+        if number:
+            keys = [f"text.tokenizer={run}/final/pretraining/tokenizer.model", f"encoder.path={run}/final", f"decoder.path={run}/final", f"seed={seed + 1000 * number}"]
+        elif len(ARMS[arm]) > 1:  # of another size
+            keys = [f"encoder.path={starting_encoder(data / 'starts', seed, more)}"]
         run = root / f"stage_{number + 1}"
         say(f"== {arm}, seed {seed}, lr {rate:g}: {recipe}, {count} steps")
         demo.train("pretrain", recipe, [*run_keys(data, seed, run, rate, count), *keys, *more])
@@ -136,19 +175,30 @@ def held_out_loss(run: Path) -> float | None:
 
 
 def held_out_loss_of(root: Path, data: Path, arm: str, steps: int, rate: float, more: list[str]) -> float | None:
-    """What a learning rate is chosen by: the held-out loss of the arm's own objective, on dev, seed 0."""
+    """What a learning rate is chosen by: the held-out loss of the arm's own objective, seed 0."""
     return held_out_loss(train_arm(root, data, arm, 0, arm_steps(arm, steps), rate, more))
 
 
-def best_rates(losses: dict[tuple[str, float], float | None]) -> dict[str, float]:
-    """(arm, rate) -> loss, None where it diverged. Raises SystemExit where no rate of an arm gave one."""
-    found: dict[str, float] = {}
-    for arm in dict.fromkeys(arm for arm, _ in losses):
-        finite = {rate: loss for (of, rate), loss in losses.items() if of == arm and loss is not None}
-        if not finite:
-            raise SystemExit(f"{arm}: the held-out loss is not finite at any of the learning rates {[rate for of, rate in losses if of == arm]}; give lower ones")
-        found[arm] = min(finite, key=lambda rate: finite[rate])
-    return found
+def choose_rates(losses_of: Callable[[list[tuple[str, float]]], list[float | None]], arms: Sequence[str], rates: Sequence[float]) -> dict[str, dict[float, float | None]]:
+    """arm -> losses by learning rate, the best first. losses_of: (arm, rate) pairs -> losses, None where one diverged.
+
+    An arm whose best is the highest or the lowest gets twice or half of it, too. Raises SystemExit where no rate of an arm gives a loss.
+    """
+    found: dict[str, dict[float, float | None]] = {arm: {} for arm in arms}
+    open_points = [(arm, rate) for arm in arms for rate in rates]
+    while open_points:
+        for (arm, rate), loss in zip(open_points, losses_of(open_points), strict=True):
+            found[arm][rate] = loss
+        open_points = []
+        for arm, losses in found.items():
+            finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+            if not finite:
+                raise SystemExit(f"{arm}: the held-out loss is not finite at any of the learning rates {sorted(losses)}; give lower ones")
+            best = min(finite, key=lambda rate: finite[rate])
+            further = {max(losses): 2 * best, min(losses): best / 2}.get(best) if len(rates) > 1 else None
+            if further is not None:
+                open_points.append((arm, further))
+    return {arm: dict(sorted(losses.items(), key=lambda point: math.inf if point[1] is None else point[1])) for arm, losses in found.items()}
 
 
 def judge_arm(place: Path, data: Path, labelled: Path, arm: str, seed: int, steps: list[int], rate: float, tasks: tuple[str, ...], more: list[str],
@@ -191,24 +241,21 @@ def judged_pictures(recipe: ProbeRecipe, result: dict[str, Any]) -> list[dict[st
 
 
 def compare(results: dict[str, dict[int, dict[str, list[dict[str, Any]]]]], tasks: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracy of each arm and its difference to BASE, in points, for each task and over all tasks (each weighing the same)."""
+    """Accuracy of each arm at each task, and its difference to the arm that it stands beside, in points."""
     table: dict[str, Any] = {}
     for arm, seeds in results.items():
+        beside = AGAINST.get(arm, BASE)
         row: dict[str, Any] = {}
         for task in tasks:
             scores = {s: {r["name"]: r["right"] for r in seeds[s][task]} for s in seeds}
-            base = {s: {r["name"]: r["right"] for r in results[BASE][s][task]} for s in seeds}
-            a, b, clusters = [], [], []
-            for s in seeds:
-                names = sorted(scores[s].keys() & base[s].keys())
-                a.append([scores[s][n] for n in names])
-                b.append([base[s][n] for n in names])
-                clusters.append(names)
-            row[task] = {"accuracy": round(100 * float(np.mean(np.concatenate(a))), 1)}
-            if arm != BASE:
-                mean, low, high = paired_difference(a, b, clusters, seed=0)
-                row[task] |= {"minus_" + BASE: round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)],
-                              "told_apart": bool(low > 0 or high < 0)}
+            row[task] = {"accuracy": round(100 * float(np.mean([right for s in seeds for right in scores[s].values()])), 1)}
+            if arm == BASE or beside not in results:
+                continue
+            others = {s: {r["name"]: r["right"] for r in results[beside][s][task]} for s in seeds}
+            names = {s: sorted(scores[s].keys() & others[s].keys()) for s in seeds}
+            mean, low, high = paired_difference([[scores[s][n] for n in names[s]] for s in seeds], [[others[s][n] for n in names[s]] for s in seeds], list(names.values()), seed=0)
+            row[task] |= {"minus_" + beside.replace(" ", "_"): round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)],
+                          "told_apart": bool(low > 0 or high < 0)}
         table[arm] = row
     return table
 
@@ -223,38 +270,36 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.5], help="shares of aimv2's operations to compare at; below 1 only the cheaper arms (default: %(default)s)")
     parser.add_argument("--figure4", type=float, nargs="*", default=[0.25, 0.5], help="shares of the samples at which aimv2 stands beside captioning")
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the judged pictures (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
     run(parser.parse_args())
 
 
 def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = None, rates: tuple[float, ...] = LEARNING_RATES,
-        probe_keys: dict[str, Any] | None = None, data: dict[str, Path] | None = None) -> list[dict[str, Any]]:
+        probe_keys: dict[str, Any] | None = None, data: Path | None = None) -> list[dict[str, Any]]:
     """The whole study; returns its result lines. The last arguments are for a quick look (tests)."""
     root, arms, tasks = arguments.out, [BASE, *(a for a in arguments.arms if a != BASE)], tuple(arguments.tasks)
     if data is None:
-        data = {split: root / f"data_{split}" for split in ("dev", "test")}
-        for split, folder in data.items():
-            demo.write_data(folder, split)
-    for split in data:
-        write_labelled(root / f"labelled_{split}", split, labelled_counts or LABELLED)
+        demo.write_shards(data := root / "data")
+    write_labelled(root / "labelled", arguments.split, labelled_counts or LABELLED)
     with Pool(arguments.jobs) as pool:
-        points = {(arm, rate): root / "rates" / f"{arm} {rate:g}" for arm in arms for rate in rates}
-        losses = pool.run("learning rates", [
-            (place, held_out_loss_of, (place, data["dev"], arm, arguments.steps, rate, arguments.keys)) for (arm, rate), place in points.items()])
-        best = best_rates(dict(zip(points, losses, strict=True)))
+        losses = choose_rates(lambda points: pool.run("learning rates", [
+            (place := root / "rates" / f"{arm} {rate:g}", held_out_loss_of, (place, data, arm, arguments.steps, rate, arguments.keys)) for arm, rate in points]), arms, rates)
+        best = {arm: next(iter(found)) for arm, found in losses.items()}
         lines = []
 
         def study(name: str, steps: dict[str, list[int]]) -> dict[str, float]:
             """Operations of each arm."""
             places = {(arm, seed): root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, counts))}" for seed in arguments.seeds for arm, counts in steps.items()}
             found = pool.run(name, [
-                (place, judge_arm, (place, data["test"], root / "labelled_test", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
+                (place, judge_arm, (place, data, root / "labelled", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
                 for (arm, seed), place in places.items()])
             judged = dict(zip(places, found, strict=True))
             flops = {arm: judged[arm, arguments.seeds[-1]]["flops"] for arm in steps}
             outcomes = {arm: {seed: judged[arm, seed]["outcomes"] for seed in arguments.seeds} for arm in steps}
-            line = {"name": f"objectives, {name}", "seeds": arguments.seeds, "steps": steps, "lr": best, "tflops": {a: round(f / 1e12, 2) for a, f in flops.items()},
-                    "table": compare(outcomes, tasks)}
+            line = {"name": f"objectives, {name}", "split": arguments.split, "seeds": arguments.seeds, "steps": steps,
+                    "held_out_loss_by_lr": {arm: losses[arm] for arm in steps}, "tflops": {a: round(f / 1e12, 2) for a, f in flops.items()},
+                    "evaluations_of_each_run": 1, "table": compare(outcomes, tasks)}
             record("objectives", line)
             lines.append(line)
             return flops
@@ -262,7 +307,7 @@ def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = 
         cost = study("equal samples", {arm: arm_steps(arm, arguments.steps) for arm in arms})
         share = {arm: 1.0 if abs(cost[BASE] / cost[arm] - 1) < SAME_COST else cost[BASE] / cost[arm] for arm in arms}
         for budget in arguments.budgets:
-            compared = arms if budget == 1 else [arm for arm in arms if arm in (BASE, *CHEAPER)]
+            compared = arms if budget == 1 else [arm for arm in arms if arm in (BASE, *CHEAPER, *AGAINST.values())]
             study(f"equal operations, {budget:g} of the budget", {arm: arm_steps(arm, arguments.steps, budget * share[arm]) for arm in compared})
         for part in arguments.figure4 if "captioning prefix" in arms else []:
             study(f"Figure 4, {part:g} of the samples", {arm: arm_steps(arm, arguments.steps, part) for arm in (BASE, "captioning prefix")})

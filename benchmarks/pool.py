@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -107,6 +108,7 @@ def _lane(calls: Connection, core: int) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         folder.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

@@ -27,7 +27,10 @@ def interleaved(sides: Mapping[str, Callable], inputs: Iterable[tuple], clock: C
 
 
 def record(file: str, facts: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
-    """Append `facts` to `results/<file>.jsonl`. packages: others whose versions belong to the line, where installed."""
+    """Append `facts` to `results/<file>.jsonl`; a line with the very same facts, of a study started again, is not written twice.
+
+    packages: others whose versions belong to the line, where installed.
+    """
     from aimv2_vlm.train.directory import processor, versions
 
     found = versions()
@@ -39,5 +42,7 @@ def record(file: str, facts: dict[str, Any], packages: tuple[str, ...] = ()) -> 
     line = json.dumps(facts | {"machine": f"{processor()} x {os.cpu_count()}", "versions": found})
     print(line, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{file}.jsonl", "a", encoding="utf-8") as results:
-        results.write(line + "\n")
+    with open(RESULTS / f"{file}.jsonl", "a+", encoding="utf-8") as results:
+        results.seek(0)
+        if line + "\n" not in results:
+            results.write(line + "\n")

@@ -76,6 +76,11 @@ def test_grids_fill_the_budget_and_keep_the_aspect(size, budget):
         assert abs(math.log((rows / columns) / (size[0] / size[1]))) < 0.1 + 0.5 / min(rows, columns)  # sides are whole patches
 
 
+def test_squares_stay_squares_at_every_budget():
+    """r x r with patches left over and r x (r + 1) cost the same, so rounding would choose between them."""
+    assert all(fit_grid(side, side, budget) == (math.isqrt(budget),) * 2 for side in (1, 56, 112, 333) for budget in range(2, 4000))
+
+
 def test_patches_are_those_of_the_stock_embedding(tmp_path):
     """Patch by patch through the embedding's weights = the convolution of the stock model."""
     from aimv2_vlm.models.encoder import build_encoder

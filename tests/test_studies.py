@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_PRETRAINING
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -32,43 +34,72 @@ COUNTS = {"train": 40, "judged": 12}
 
 def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes_on_after_a_stop(benchmarks, scenes_root, tmp_path):
     objectives, out = benchmarks("objectives"), tmp_path / "out"
-    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "half resolution first"], tasks=["texture"], budgets=[1.0, 0.5],
-                                   figure4=[0.5], keys=KEYS, jobs=2)
-    data = {"dev": scenes_root, "test": scenes_root}
-    lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, data)
+    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "captions from a third", "half resolution first"],
+                                   tasks=["texture"], budgets=[1.0, 0.5], figure4=[0.5], keys=KEYS, jobs=2, split="dev")
+    lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
     assert [line["name"] for line in lines] == [
         "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
     samples, operations, half, figure4 = lines
-    assert set(operations["table"]) == set(samples["table"]) and set(half["table"]) == {"aimv2", "half resolution first"}
+    assert set(operations["table"]) == set(samples["table"]) == set(half["table"])
     assert samples["steps"]["aimv2"] == [4] and len(samples["steps"]["half resolution first"]) == 2 and figure4["steps"]["aimv2"] == [2]
     # a captioning arm is cheaper a step, so it gets more of them for as many operations
     assert samples["tflops"]["captioning prefix"] <= samples["tflops"]["aimv2"]
     assert operations["steps"]["captioning prefix"][0] >= samples["steps"]["captioning prefix"][0] and operations["steps"]["aimv2"] == [4]
-    row = samples["table"]["captioning prefix"]["texture"]
-    assert row["interval"][0] <= row["minus_aimv2"] <= row["interval"][1] and row["told_apart"] == (row["interval"][0] > 0 or row["interval"][1] < 0)
+    assert set(samples["table"]["aimv2"]["texture"]) == {"accuracy"}
+    row = samples["table"]["captions from a third"]["texture"]
+    assert row["interval"][0] <= row["minus_captioning_prefix"] <= row["interval"][1] and row["told_apart"] == (row["interval"][0] > 0 or row["interval"][1] < 0)
+    assert "minus_aimv2" in samples["table"]["half resolution first"]["texture"]
     assert "pre-training: finished" in (out / "seed_1" / "aimv2 4" / "log.txt").read_text(encoding="utf-8")
     trained = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    assert objectives.run(arguments, COUNTS, (1e-3,), PROBE, data) == lines
+    assert json.loads(json.dumps(objectives.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root))) == json.loads(json.dumps(lines))
     assert trained == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     written = [json.loads(line)["name"] for line in (tmp_path / "results" / "objectives.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert written == [line["name"] for line in lines] * 2
+    assert written == [line["name"] for line in lines]  # once, though the study was started twice
+    with pytest.raises(SystemExit, match="about.json: these labelled pictures are other ones"):
+        objectives.run(arguments, COUNTS | {"judged": 13}, (1e-3,), PROBE, scenes_root)
 
 
 def test_native_resolution_fills_every_cell_of_its_grid(benchmarks, scenes_root, tmp_path):
     native = benchmarks("native_resolution")
     keys = [key for key in KEYS if not key.startswith(("image.size", "optim.micro_batch_size"))]
-    arguments = argparse.Namespace(out=tmp_path / "out", steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2)
-    line = native.run(arguments, COUNTS, (1e-3,), PROBE, {"dev": scenes_root, "test": scenes_root})
+    arguments = argparse.Namespace(out=tmp_path / "out", steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2, split="dev")
+    line = native.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
     assert {row: set(cells) for row, cells in line["grid"]["texture"].items()} == {row: {"56", "112", "native"} for row in native.ROWS}
-    assert set(line["differences"]) == {"texture at 56: native - fixed 56", "texture at 112: native - fixed 112", "texture at native: native - fixed 112"}
-    assert all(d["interval"][0] <= d["points"] <= d["interval"][1] for d in line["differences"].values())
+    assert {other: set(cells) for other, cells in line["native_minus"]["texture"].items()} == {row: {"56", "112", "native"} for row in native.ROWS if row != "native"}
+    assert all(cell["interval"][0] <= cell["points"] <= cell["interval"][1] for cells in line["native_minus"]["texture"].values() for cell in cells.values())
+    steps = {row: json.loads((tmp_path / "out" / "seed_1" / row / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]) for row in native.ROWS}
+    assert {row: first["step"] for row, first in steps.items()} == dict.fromkeys(native.ROWS, 1)
+    assert native.patches_a_step("fixed 56", []) == native.patches_a_step("fixed 112", []) == 512 and 480 < native.patches_a_step("native", []) <= 512
 
 
-def test_a_rate_is_chosen_by_the_least_finite_loss_of_its_own_arm(benchmarks):
+def test_arms_of_another_size_begin_from_the_same_tensors(benchmarks, tmp_path):
+    from aimv2_vlm.models.encoder import POSITIONS, load_encoder
+    from aimv2_vlm.recipe import load_recipe
+    from aimv2_vlm.train.run import build_pretraining_model, seeded
+
     objectives = benchmarks("objectives")
-    assert objectives.best_rates({("a", 1.0): 3.0, ("a", 2.0): 2.0, ("b", 1.0): None, ("b", 2.0): 9.0}) == {"a": 2.0, "b": 2.0}
-    with pytest.raises(SystemExit, match=r"b: the held-out loss is not finite at any of the learning rates \[1.0\]"):
-        objectives.best_rates({("a", 1.0): 3.0, ("b", 1.0): None})
+    drawn = seeded(3, lambda: build_pretraining_model(load_recipe("pretrain", "mini_aimv2", ["data_root=/"]), 400)).encoder.state_dict()
+    learned = load_encoder(objectives.starting_encoder(tmp_path, 3, [])).state_dict()
+    assert learned.keys() == drawn.keys() and all(torch.equal(learned[name], drawn[name]) for name in drawn)
+    sincos = load_encoder(objectives.starting_encoder(tmp_path, 3, [], "sincos")).state_dict()
+    assert sincos.keys() == drawn.keys() - {POSITIONS} and all(torch.equal(sincos[name], drawn[name]) for name in sincos)
+    assert not torch.equal(load_encoder(objectives.starting_encoder(tmp_path, 4, [])).state_dict()[POSITIONS], drawn[POSITIONS])
+
+
+def test_a_rate_is_chosen_by_the_least_finite_loss_with_a_worse_one_on_both_sides(benchmarks):
+    objectives, asked = benchmarks("objectives"), []
+
+    def losses_of(points):
+        asked.extend(points)
+        best = {"inside": 2.0, "above": 16.0, "below": 0.5}
+        return [None if rate > 20 else abs(math.log(rate / best[arm])) for arm, rate in points]
+
+    found = objectives.choose_rates(losses_of, ["inside", "above", "below"], (1.0, 2.0, 4.0))
+    assert {arm: next(iter(losses)) for arm, losses in found.items()} == {"inside": 2.0, "above": 16.0, "below": 0.5}
+    assert set(found["inside"]) == {1.0, 2.0, 4.0} and set(found["above"]) == {1.0, 2.0, 4.0, 8.0, 16.0, 32.0} and set(found["below"]) == {0.25, 0.5, 1.0, 2.0, 4.0}
+    assert found["above"][32.0] is None and len(asked) == len(set(asked)) == 14
+    with pytest.raises(SystemExit, match=r"b: the held-out loss is not finite at any of the learning rates \[1.0, 2.0\]"):
+        objectives.choose_rates(lambda points: [None] * len(points), ["b"], (1.0, 2.0))
 
 
 POOL = """
@@ -118,6 +149,16 @@ def test_a_call_that_fails_ends_the_pool_with_its_log_and_begins_no_other(tmp_pa
     assert process.returncode == 1 and f"{tmp_path / 'out' / '0' / 'log.txt'}: this run failed; the last lines say why" in err
     assert "number 0 cannot be worked on" in (tmp_path / "out" / "0" / "log.txt").read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "2").exists()
+
+
+def test_a_signal_before_any_call_has_begun_ends_the_pool_in_one_line(tmp_path):
+    process = run_pool(tmp_path, -1, 600, 600)
+    time.sleep(0.5)
+    while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, -signal.SIGTERM) and "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -90,21 +90,23 @@ class NativeSchedule:
 def fit_grid(height: int, width: int, num_patches: int) -> tuple[int, int]:
     """(rows, columns) of the largest patch grid with at most `num_patches` patches that keeps a picture's aspect.
 
-    Of the grids next to the exact sides the one with the least distortion is taken, then the larger one; a side has at
-    least one patch, and a picture thinner than 1 : num_patches becomes one row or column.
+    Of the grids next to the exact sides the one with the least distortion and loss of patches is taken, of equal ones the
+    less distorted; a side has at least one patch, and a picture thinner than 1 : num_patches becomes one row or column.
     """
     rows = math.sqrt(num_patches * height / width)
     columns = num_patches / rows
     aspect = math.log(height / width)
-    best, least = (1, 1), (math.inf, 0)
+    best, least = (1, 1), (math.inf, math.inf)
     for r in {math.floor(rows), math.ceil(rows)}:
         r = min(max(r, 1), num_patches)
         for c in {math.floor(columns), math.ceil(columns)}:
             c = min(max(c, 1), num_patches // r)
-            # Two patches lost of a hundred weigh like a distortion of two per cent.
-            cost = abs(math.log(r / c) - aspect) + math.log(num_patches / (r * c))
-            if (cost, -r * c) < least:
-                best, least = (r, c), (cost, -r * c)
+            # Two patches lost of a hundred weigh like a distortion of two per cent. For a square r x r and r x (r + 1) are equal,
+            # and rounding must not choose between them.
+            distortion = abs(math.log(r / c) - aspect)
+            cost = round(distortion + math.log(num_patches / (r * c)), 9), distortion
+            if cost < least:
+                best, least = (r, c), cost
     return best
 
 
