@@ -61,10 +61,10 @@ class Pool:
                 if process.is_alive():
                     os.kill(process.pid, number)
 
-        if calls:
-            say(f"{what}: {len(calls)} runs, {len(self._lanes)} at once; what they print is in {os.path.commonpath([folder for folder, _, _ in calls])}/**/log.txt")
         progress = Progress(what, len(calls), unit="runs")
         old = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        if calls:
+            say(f"{what}: {len(calls)} runs, {len(self._lanes)} at once; what they print is in {os.path.commonpath([folder for folder, _, _ in calls])}/**/log.txt")
         try:
             while running or (waiting and not failed and not stopped):
                 while waiting and free and not failed and not stopped:
@@ -96,6 +96,7 @@ class Pool:
 
 def _lane(calls: Connection, core: int) -> None:
     multiprocessing.set_start_method("fork", force=True)  # a spawned process would spawn its loader workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a study in the background of a shell inherits that it is ignored
     os.setsid()  # a Ctrl-C reaches this process once, from the one that started it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, {core})
