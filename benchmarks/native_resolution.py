@@ -34,7 +34,9 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "native": ("mini_native", ["image.native.minibatches=1"]),
     "fixed 56, sin-cos": ("mini_aimv2", ["encoder.position_embedding=sincos"]),
 }
-COLUMNS = {"56": ((0, 56), (1, 56)), "112": ((0, 112), (1, 112)), "native": ((0, 56), (1, 112))}  # name -> (kind, size) of its probes
+COLUMNS = {  # name -> (kind, size) of its probes
+    "56": (("detail", 56), ("scene", 56)), "112": (("detail", 112), ("scene", 112)), "native": (("detail", 56), ("scene", 112)),
+}
 TASKS = ("word", "shape", "texture")
 
 
@@ -50,7 +52,7 @@ def patches_a_step(row: str, keys: list[str]) -> float:
 def train_row(place: Path, data: Path, row: str, seed: int, patches: float, rate: float, keys: list[str]) -> Path:
     recipe, own = ROWS[row]
     positions = load_recipe("pretrain", recipe, ["data_root=/", *own]).encoder.position_embedding
-    start = objectives.starting_encoder(data / "starts", seed, keys, positions)
+    start = objectives.starting_encoder(place / "start", seed, keys, positions)
     steps = max(2, round(patches / patches_a_step(row, keys)))
     demo.train("pretrain", recipe, [*objectives.run_keys(data, seed, place / "run", rate, steps), *own, *keys, f"encoder.path={start}"])
     return place / "run"
@@ -69,14 +71,14 @@ def judge_row(place: Path, data: Path, labelled: Path, row: str, seed: int, patc
     return {column: {task: {name: right for probe in probes for name, right in probed[task, *probe].items()} for task in tasks} for column, probes in COLUMNS.items()}
 
 
-def probe_kind(encoder: Path, labelled: Path, task: str, kind: int, size: int, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
+def probe_kind(encoder: Path, labelled: Path, task: str, kind: str, size: int, out: Path, seed: int, optim: dict[str, Any]) -> dict[str, int]:
     """Name of each judged picture of a kind, shown at `size` -> right or wrong."""
     from aimv2_vlm.evaluation.probing import best_of
 
-    recipe = ProbeRecipe(out=str(out / f"{KINDS[kind]}-{size}"), seed=seed)
+    recipe = ProbeRecipe(out=str(out / f"{kind}-{size}"), seed=seed)
     recipe.encoder.path, recipe.encoder.image_size = str(encoder / "final"), size
     recipe.data.path, recipe.data.test, recipe.augment.policy, recipe.crop_fraction = str(labelled), "judged", "none", 1.0
-    recipe.data.where = {"task": task, "kind": KINDS[kind]}
+    recipe.data.where = {"task": task, "kind": kind}
     objectives.small_probe(recipe, optim)
     found = best_of(recipe, objectives.PROBE_RATES, objectives.PROBE_DECAYS, best_on_test=False)
     return {row["name"]: row["right"] for row in objectives.judged_pictures(recipe, found)}

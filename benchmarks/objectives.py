@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,13 +103,12 @@ def run_keys(data: Path, seed: int, out: Path, rate: float, steps: int) -> list[
             f"optim.warmup_steps={min(50, max(1, steps // 10))}", f"train.validate_every={steps}", f"train.save_every={max(1, steps // 4)}"]
 
 
-def starting_encoder(folder: Path, seed: int, keys: list[str], position_embedding: str = "learned") -> Path:
-    """A checkpoint of the encoder that mini_aimv2 begins from with this seed, for arms whose own draw would be another one: at another size the learned
-    positions are resized; with sin-cos positions the rest is the same."""
+def starting_encoder(place: Path, seed: int, keys: list[str], position_embedding: str = "learned") -> Path:
+    """`place`, a checkpoint of the encoder that mini_aimv2 begins from with this seed, for a run whose own draw would be another one: at another size the
+    learned positions are resized; with sin-cos positions the rest is the same."""
     from aimv2_vlm.models.encoder import POSITIONS, build_encoder
     from aimv2_vlm.train.run import seeded
 
-    place = folder / f"{position_embedding} {seed}"
     if not place.exists():
         recipe = load_recipe("pretrain", "mini_aimv2", ["data_root=/", *keys])
         sizes = {key: getattr(recipe.encoder, key) for key in ("patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")}
@@ -121,12 +118,9 @@ def starting_encoder(folder: Path, seed: int, keys: list[str], position_embeddin
             del drawn[POSITIONS]
             encoder = build_encoder(image_size=recipe.image.size, position_embedding="sincos", **sizes)
             encoder.load_state_dict(drawn, strict=False)
-        partial = place.with_name(f"{place.name} {os.getpid()}")
+        partial = place.with_name(f"{place.name}.partial")
         encoder.save_pretrained(partial)
-        try:
-            partial.rename(place)
-        except OSError:  # another process of the pool was first
-            shutil.rmtree(partial)
+        partial.rename(place)
     return place
 
 
@@ -138,7 +132,7 @@ def train_arm(root: Path, data: Path, arm: str, seed: int, steps: list[int], rat
         if number:
             keys = [f"text.tokenizer={run}/final/pretraining/tokenizer.model", f"encoder.path={run}/final", f"decoder.path={run}/final", f"seed={seed + 1000 * number}"]
         elif len(ARMS[arm]) > 1:  # of another size
-            keys = [f"encoder.path={starting_encoder(data / 'starts', seed, more)}"]
+            keys = [f"encoder.path={starting_encoder(root / 'start', seed, more)}"]
         run = root / f"stage_{number + 1}"
         say(f"== {arm}, seed {seed}, lr {rate:g}: {recipe}, {count} steps")
         demo.train("pretrain", recipe, [*run_keys(data, seed, run, rate, count), *keys, *more])

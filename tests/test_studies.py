@@ -79,11 +79,11 @@ def test_arms_of_another_size_begin_from_the_same_tensors(benchmarks, tmp_path):
 
     objectives = benchmarks("objectives")
     drawn = seeded(3, lambda: build_pretraining_model(load_recipe("pretrain", "mini_aimv2", ["data_root=/"]), 400)).encoder.state_dict()
-    learned = load_encoder(objectives.starting_encoder(tmp_path, 3, [])).state_dict()
+    learned = load_encoder(objectives.starting_encoder(tmp_path / "learned", 3, [])).state_dict()
     assert learned.keys() == drawn.keys() and all(torch.equal(learned[name], drawn[name]) for name in drawn)
-    sincos = load_encoder(objectives.starting_encoder(tmp_path, 3, [], "sincos")).state_dict()
+    sincos = load_encoder(objectives.starting_encoder(tmp_path / "sincos", 3, [], "sincos")).state_dict()
     assert sincos.keys() == drawn.keys() - {POSITIONS} and all(torch.equal(sincos[name], drawn[name]) for name in sincos)
-    assert not torch.equal(load_encoder(objectives.starting_encoder(tmp_path, 4, [])).state_dict()[POSITIONS], drawn[POSITIONS])
+    assert not torch.equal(load_encoder(objectives.starting_encoder(tmp_path / "other", 4, [])).state_dict()[POSITIONS], drawn[POSITIONS])
 
 
 def test_a_rate_is_chosen_by_the_least_finite_loss_with_a_worse_one_on_both_sides(benchmarks):
