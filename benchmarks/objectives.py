@@ -6,7 +6,7 @@ Arms (recipes of pretrain/, all with mini_aimv2's data, encoder and decoder): ai
 (batches of 64, half the updates), CapPa, separate decoders; and what is cheaper than the paper: captions from a third of the patches, half the
 resolution first. Figure 4 is aimv2 against captioning at --figure4 shares of the samples. Rules:
 - The learning rate of each arm is the best by its own held-out loss, seed 0: of three, and of further ones until the best has a worse one on
-  both sides. It is found at --steps and kept for other lengths. Then fresh seeds, judged on test pictures, once.
+  both sides. It is found at --rate-steps and kept for all lengths. Then fresh seeds, judged on test pictures, once.
 - Seeds are paired: the same pictures in the same order, and the encoder's initial weights are the same tensors in every arm (at half the
   resolution with its positions resized). The second stage of half resolution first draws an order of its own; a part of its pictures repeats.
 - Equal samples: every arm sees as many pictures. Equal operations: every arm gets aimv2's (arms within 3 % of it are not run twice), and what is
@@ -16,7 +16,7 @@ resolution first. Figure 4 is aimv2 against captioning at --figure4 shares of th
 - Reported: accuracy, and arm - aimv2 (captions from a third: - captioning with a prefix) with a 95 % interval over seeds x pictures. A ranking stands
   only where it excludes 0; of the comparisons of a line one in twenty does so by chance. The paper's own gaps in Table 9 are 0.2 to 1 point.
 Runs stand side by side, one a core (pool.py). Every stage continues after a kill and is passed over when finished. One result line a comparison
-goes to benchmarks/results/.
+goes to benchmarks/results/; --recorded takes from there what already has a line with these very settings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from pool import Pool, jobs_here
-from record import record
+from record import record, recorded
 
 from aimv2_vlm import demo
 from aimv2_vlm.config import ProbeRecipe
@@ -98,8 +98,8 @@ def write_labelled(folder: Path, split: str, counts: dict[str, int], kinds: tupl
 
 
 def run_keys(data: Path, seed: int, out: Path, rate: float, steps: int) -> list[str]:
-    """What every training run of a study is given."""
-    return [f"data_root={data}", f"seed={seed}", f"out={out}", "train.trackers=[]", f"optim.lr={rate}", f"optim.steps={steps}",
+    """What every training run of a study is given: one precision, so that its runs may stand on several machines."""
+    return [f"data_root={data}", f"seed={seed}", f"out={out}", "precision=fp32", "train.trackers=[]", f"optim.lr={rate}", f"optim.steps={steps}",
             f"optim.warmup_steps={min(50, max(1, steps // 10))}", f"train.validate_every={steps}", f"train.save_every={max(1, steps // 4)}"]
 
 
@@ -218,6 +218,7 @@ def small_probe(recipe: ProbeRecipe, optim: dict[str, Any]) -> None:
     """Lengths that fit some thousand small pictures; `optim`: keys that differ."""
     recipe.optim.batch_size = recipe.optim.micro_batch_size = 256
     recipe.optim.epochs, recipe.optim.warmup_steps = 20.0, 10
+    recipe.precision = "fp32"
     recipe.train.trackers, recipe.train.num_workers, recipe.train.save_every = [], 0, 10_000
     for key, value in optim.items():
         setattr(recipe.optim, key, value)
@@ -255,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--steps", type=int, default=800, help="of 32 samples each (default: %(default)s)")
+    parser.add_argument("--rate-steps", type=int, default=400, help="of the runs that find the learning rates (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the judged pictures (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="runs at once, one a core (default: %(default)s)")
+    parser.add_argument("--recorded", action="store_true", help="do not run again what benchmarks/results/objectives.jsonl holds with these settings")
     run(parser.parse_args())
 
 
@@ -274,26 +277,40 @@ def run(arguments: argparse.Namespace, labelled_counts: dict[str, int] | None = 
         demo.write_shards(data := root / "data")
     write_labelled(root / "labelled", arguments.split, labelled_counts or LABELLED)
     with Pool(arguments.jobs) as pool:
-        losses = choose_rates(lambda points: pool.run("learning rates", [
-            (place := root / "rates" / f"{arm} {rate:g}", held_out_loss_of, (place, data, arm, arguments.steps, rate, arguments.keys)) for arm, rate in points]), arms, rates)
-        best = {arm: next(iter(found)) for arm, found in losses.items()}
         lines = []
 
+        def line_of(name: str, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            """Settings and what `work` found."""
+            settings = {"name": f"objectives, {name}", "keys": arguments.keys} | settings
+            line = recorded("objectives", settings) if arguments.recorded else None
+            if line is None:
+                record("objectives", line := settings | work())
+            lines.append(line)
+            return line
+
+        def find_rates() -> dict[str, Any]:
+            losses = choose_rates(lambda points: pool.run("learning rates", [
+                (place := root / "rates" / f"{arm} {rate:g}", held_out_loss_of, (place, data, arm, arguments.rate_steps, rate, arguments.keys))
+                for arm, rate in points]), arms, rates)
+            return {"lr": {arm: next(iter(found)) for arm, found in losses.items()}, "held_out_loss_by_lr": losses}
+
+        rate_steps = {arm: arm_steps(arm, arguments.rate_steps) for arm in arms}
+        best = line_of("learning rates", {"seeds": [0], "steps": rate_steps, "rates": list(rates)}, find_rates)["lr"]
+
         def study(name: str, steps: dict[str, list[int]]) -> dict[str, float]:
-            """Operations of each arm."""
+            """Operations of each arm, in TFLOP."""
+            settings = {"split": arguments.split, "seeds": arguments.seeds, "tasks": list(tasks), "steps": steps, "lr": {arm: best[arm] for arm in steps}}
+            return line_of(name, settings, lambda: judge_arms(name, steps))["tflop"]
+
+        def judge_arms(name: str, steps: dict[str, list[int]]) -> dict[str, Any]:
             places = {(arm, seed): root / f"seed_{seed}" / f"{arm} {'+'.join(map(str, counts))}" for seed in arguments.seeds for arm, counts in steps.items()}
             found = pool.run(name, [
                 (place, judge_arm, (place, data, root / "labelled", arm, seed, steps[arm], best[arm], tasks, arguments.keys, probe_keys or {}))
                 for (arm, seed), place in places.items()])
             judged = dict(zip(places, found, strict=True))
-            flops = {arm: judged[arm, arguments.seeds[-1]]["flops"] for arm in steps}
+            flops = {arm: float(f"{judged[arm, arguments.seeds[-1]]['flops'] / 1e12:.5g}") for arm in steps}
             outcomes = {arm: {seed: judged[arm, seed]["outcomes"] for seed in arguments.seeds} for arm in steps}
-            line = {"name": f"objectives, {name}", "split": arguments.split, "seeds": arguments.seeds, "steps": steps,
-                    "held_out_loss_by_lr": {arm: losses[arm] for arm in steps}, "tflops": {a: round(f / 1e12, 2) for a, f in flops.items()},
-                    "evaluations_of_each_run": 1, "table": compare(outcomes, tasks)}
-            record("objectives", line)
-            lines.append(line)
-            return flops
+            return {"tflop": flops, "evaluations_of_each_run": 1, "table": compare(outcomes, tasks)}
 
         cost = study("equal samples", {arm: arm_steps(arm, arguments.steps) for arm in arms})
         share = {arm: 1.0 if abs(cost[BASE] / cost[arm] - 1) < SAME_COST else cost[BASE] / cost[arm] for arm in arms}

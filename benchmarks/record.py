@@ -46,3 +46,10 @@ def record(file: str, facts: dict[str, Any], packages: tuple[str, ...] = ()) -> 
         results.seek(0)
         if line + "\n" not in results:
             results.write(line + "\n")
+
+
+def recorded(file: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The last line of `results/<file>.jsonl` that holds these settings; None where there is none."""
+    place, settings = RESULTS / f"{file}.jsonl", json.loads(json.dumps(settings))
+    lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+    return next((row for row in map(json.loads, reversed(lines)) if settings.items() <= row.items()), None)

@@ -130,6 +130,16 @@ def test_norm_equals_batch_norm_and_moves_its_statistics_in_training_only():
     assert torch.equal(ours.running_mean, before[0]) and torch.equal(ours.running_var, before[1])
 
 
+def test_autocast_leaves_the_norm_as_it_is():
+    torch.manual_seed(1)
+    features, weights = 2 + 5 * torch.randn(4, 7, WIDTH), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    plain, halved = TokenNorm(WIDTH), TokenNorm(WIDTH)
+    expected = plain(features, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(halved(features, weights), expected)
+    assert torch.equal(halved.running_mean, plain.running_mean) and torch.equal(halved.running_var, plain.running_var)
+
+
 def test_a_hole_and_a_batch_that_is_not_finite_leave_no_trace_in_the_statistics():
     torch.manual_seed(2)
     features, weights = torch.randn(4, 3, WIDTH), torch.tensor([1.0, 0.0, 1.0, 1.0])

@@ -34,16 +34,17 @@ COUNTS = {"train": 40, "judged": 12}
 
 def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes_on_after_a_stop(benchmarks, scenes_root, tmp_path):
     objectives, out = benchmarks("objectives"), tmp_path / "out"
-    arguments = argparse.Namespace(out=out, steps=4, seeds=[1], arms=["aimv2", "captioning prefix", "captions from a third", "half resolution first"],
+    arguments = argparse.Namespace(out=out, steps=4, rate_steps=2, recorded=False, seeds=[1], arms=["aimv2", "captioning prefix", "captions from a third", "half resolution first"],
                                    tasks=["texture"], budgets=[1.0, 0.5], figure4=[0.5], keys=KEYS, jobs=2, split="dev")
     lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
     assert [line["name"] for line in lines] == [
-        "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
-    samples, operations, half, figure4 = lines
+        "objectives, learning rates", "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
+    rates, samples, operations, half, figure4 = lines
+    assert rates["steps"]["aimv2"] == [2] and rates["lr"] == dict.fromkeys(arguments.arms, 1e-3) == samples["lr"]
     assert set(operations["table"]) == set(samples["table"]) == set(half["table"])
     assert samples["steps"]["aimv2"] == [4] and len(samples["steps"]["half resolution first"]) == 2 and figure4["steps"]["aimv2"] == [2]
     # a captioning arm is cheaper a step, so it gets more of them for as many operations
-    assert samples["tflops"]["captioning prefix"] <= samples["tflops"]["aimv2"]
+    assert samples["tflop"]["captioning prefix"] <= samples["tflop"]["aimv2"]
     assert operations["steps"]["captioning prefix"][0] >= samples["steps"]["captioning prefix"][0] and operations["steps"]["aimv2"] == [4]
     assert set(samples["table"]["aimv2"]["texture"]) == {"accuracy"}
     row = samples["table"]["captions from a third"]["texture"]
@@ -55,6 +56,11 @@ def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes
     assert trained == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     written = [json.loads(line)["name"] for line in (tmp_path / "results" / "objectives.jsonl").read_text(encoding="utf-8").splitlines()]
     assert written == [line["name"] for line in lines]  # once, though the study was started twice
+    # what is recorded with the same settings is not trained again, on another machine either
+    elsewhere = argparse.Namespace(**vars(arguments) | {"out": tmp_path / "elsewhere", "recorded": True, "figure4": [0.25, 0.5]})
+    again = objectives.run(elsewhere, COUNTS, (1e-3,), PROBE, scenes_root)
+    assert [line["name"] for line in again] == [*written[:4], "objectives, Figure 4, 0.25 of the samples", written[4]]
+    assert {p.parent.name for p in elsewhere.out.glob("*/*/log.txt")} == {"aimv2 2", "captioning prefix 2"}
     with pytest.raises(SystemExit, match="about.json: these labelled pictures are other ones"):
         objectives.run(arguments, COUNTS | {"judged": 13}, (1e-3,), PROBE, scenes_root)
 

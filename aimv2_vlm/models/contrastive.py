@@ -11,7 +11,6 @@ Shapes: B rows of this process, G rows of all processes, C channels, H, W pictur
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from aimv2_vlm.config import TextTower, UserError
 from aimv2_vlm.models import masks
-from aimv2_vlm.models.encoder import xavier_uniform_linears
+from aimv2_vlm.models.encoder import full_precision, xavier_uniform_linears
 from aimv2_vlm.models.pretraining import blocks_flops, encoder_flops, parameter_roles
 
 INITIAL_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
@@ -163,8 +162,7 @@ def contrastive_sum(out: TwoTowerOutput, input_ids_BT: torch.Tensor, weights_B: 
     same_BG = (input_ids_BT[:, None] == ids_GT).all(-1) & (weights_G > 0)
     target_BG = same_BG / same_BG.sum(1, keepdim=True).clamp(min=1)
     loss_B = torch.zeros(len(same_BG), device=same_BG.device)
-    kind = same_BG.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+    with full_precision(same_BG.device):
         for mine_BE, others_GE in ((out.image_BE, text_GE), (out.text_BE, image_GE)):
             logits_BG = out.scale * mine_BE @ others_GE.T
             logits_BG = logits_BG.masked_fill(weights_G == 0, torch.finfo(logits_BG.dtype).min)

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H, W picture, N image patches, D width, P values in
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -143,6 +144,11 @@ def encode(
     patches_BND = embeddings.rms_norm(F.linear(pictures.patches_BNP, patch_embed.weight.flatten(1), patch_embed.bias))
     patches_BND = patches_BND + sincos_positions(pictures.positions_BN2, encoder.config.hidden_size).to(patches_BND.dtype)
     return encoder.rms_norm(encoder.encoder(inputs_embeds=patches_BND, attention_mask=mask_B1NN).last_hidden_state)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """What is computed here stays in its own precision, whatever the caller's autocast says."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else contextlib.nullcontext()
 
 
 def sincos_positions(positions_BN2: torch.Tensor, width: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.models.backbone import Backbone
+from aimv2_vlm.models.encoder import full_precision
 
 
 class TokenNorm(nn.Module):
@@ -37,11 +38,12 @@ class TokenNorm(nn.Module):
         """Mean and biased variance of the batch; the running ones move towards them (the variance unbiased)."""
         batch, num_patches, width = features_BND.shape
         good_B = torch.ones(batch, device=features_BND.device) if weights_B is None else (weights_B > 0).float()
-        sums = torch.cat([torch.einsum("bnd,b->d", features_BND, good_B), good_B.sum()[None] * num_patches])
-        sums = _sum_over_processes(sums)
-        count = sums[-1].clamp(min=1.0)
-        mean_D = sums[:width] / count
-        squares_D = _sum_over_processes(torch.einsum("bnd,b->d", (features_BND - mean_D).square(), good_B))
+        with full_precision(features_BND.device):
+            sums = torch.cat([torch.einsum("bnd,b->d", features_BND, good_B), good_B.sum()[None] * num_patches])
+            sums = _sum_over_processes(sums)
+            count = sums[-1].clamp(min=1.0)
+            mean_D = sums[:width] / count
+            squares_D = _sum_over_processes(torch.einsum("bnd,b->d", (features_BND - mean_D).square(), good_B))
         # A batch without rows, or with features that are not finite (its step is skipped), must not stay in the statistics.
         moves_D = torch.isfinite(mean_D) & torch.isfinite(squares_D) & (sums[-1] > 1)
         for running_D, new_D in ((self.running_mean, mean_D), (self.running_var, squares_D / (count - 1).clamp(min=1.0))):
