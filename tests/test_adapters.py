@@ -143,6 +143,19 @@ def test_merged_equals_unmerged_in_stock_layers(tokenizer_folder, data, kind):  
     assert assistant.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_a_forward_pass_leaves_quantised_weights_as_they_are_whatever_the_processor(tokenizer_folder, data, monkeypatch):  # noqa: F811
+    import bitsandbytes.nn.modules
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    assistant, processor, *_ = adapted(tokenizer_folder, "qlora")
+    layers = [module for module in assistant.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    stored = [(layer.weight.detach().clone(), layer.weight.quant_state.absmax.clone()) for layer in layers]
+    logits(assistant, processor, data)
+    assert len(layers) == 14 and not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    for layer, (weight, scales) in zip(layers, stored, strict=True):
+        assert torch.equal(layer.weight, weight) and torch.equal(layer.weight.quant_state.absmax, scales)
+
+
 @pytest.mark.parametrize("kind", ["lora", "qdora"])
 def test_an_adapter_alone_on_its_base_gives_the_same_logits(tokenizer_folder, data, tmp_path, kind):  # noqa: F811
     """Onto the base before tuning (its connector is another one), and by peft alone onto the written base."""

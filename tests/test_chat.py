@@ -117,7 +117,7 @@ def test_answers_are_those_of_plain_transformers_turn_for_turn(model, picture):
     for question in questions:
         said.append({"role": "user", "content": [{"type": "image"}] * (not said) + [{"type": "text", "text": question}]})
         prompt = model.processor.apply_chat_template(said, add_generation_prompt=True)
-        inputs = model.processor(images=Image.open(picture), text=prompt, add_special_tokens=False, return_tensors="pt")
+        inputs = model.processor(images=Image.open(picture), text=prompt, add_special_tokens=False, return_tensors="pt").to(model.model.dtype)
         output = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answer = model.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         said.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -34,25 +34,25 @@ GRID = [[1e-4, 0.05], [2e-3, 0.05], [2e-3, 0.1], [1e-2, 0.1]]
 
 def test_stacked_heads_equal_each_head_alone_forward_and_backward():
     torch.manual_seed(0)
-    heads = AttentiveHeads(AttentiveHead(WIDTH, 4, 5), 3)
+    heads = AttentiveHeads(AttentiveHead(WIDTH, 4, 5), 3).double()
     alone = []
     for number in range(3):
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter[number].add_(torch.randn_like(parameter[number]))
-        head = AttentiveHead(WIDTH, 4, 5)
+        head = AttentiveHead(WIDTH, 4, 5).double()
         head.load_state_dict(heads.state_of(number))
         alone.append(head)
-    tokens, labels = torch.randn(6, 9, WIDTH), torch.randint(0, 5, (6,))
+    tokens, labels = torch.randn(6, 9, WIDTH, dtype=torch.float64), torch.randint(0, 5, (6,))
     logits_GBK = heads(tokens)
     sum(torch.nn.functional.cross_entropy(logits, labels) for logits in logits_GBK).backward()
     for number, head in enumerate(alone):
         logits = head(tokens)
-        torch.testing.assert_close(logits_GBK[number], logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_GBK[number], logits, rtol=0, atol=1e-12)
         torch.nn.functional.cross_entropy(logits, labels).backward()
         for name, parameter in head.named_parameters():
             found = getattr(heads, name.replace(".", "_")).grad[number]
-            assert (found - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), (number, name)
+            assert (found - parameter.grad).norm() <= 1e-13 * parameter.grad.norm(), (number, name)
 
 
 def test_each_point_steps_as_adamw_of_its_own_and_clips_by_its_own_norm():

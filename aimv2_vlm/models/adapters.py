@@ -87,6 +87,8 @@ def quantize(assistant: nn.Module, llm: LanguageModel, compute_dtype: torch.dtyp
             layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **sizes, compute_dtype=compute_dtype)
             layer.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4",
                                              compress_statistics=llm.double_quantization).to("cpu")
+            # On CPUs with avx512_bf16 a forward pass without gradients would repack the weight and round its scales to bf16, for good.
+            layer.support_avx512bf16_for_cpu = False
         else:
             layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, **sizes, has_fp16_weights=False, threshold=OUTLIERS)
             layer.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False).to("cpu")
