@@ -42,6 +42,7 @@ from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.shards import write_shards
 from aimv2_vlm.models.encoder import build_encoder, encode
 from aimv2_vlm.models.masks import ATTENTION_IMPLEMENTATIONS
+from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.objectives import GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups
 
@@ -79,6 +80,22 @@ def test_one_step_equals_the_oracle(name, attention, monkeypatch):
         assert ours.keys() == gradients.keys()  # every trained weight learns, and no other
         for key, gradient in gradients.items():
             assert relative(ours[key], gradient) <= tolerance, (key, precision)
+
+
+@each_case
+@each_attention
+def test_one_step_in_bf16_stays_near_the_step_in_fp32(name, attention):
+    case = dataclasses.replace(CASES[name], attention=attention)
+    batch, found = case.batch(3), {}
+    for precision in ("fp32", "bf16"):
+        model = case.model()
+        with Placement("single", precision).autocast():
+            found[precision] = loop_gradients(case, model, [batch]), gradients_of(model)
+    (wanted, gradients), (losses, halved) = found["fp32"], found["bf16"]
+    assert losses == pytest.approx(wanted, rel=3e-2) and losses != wanted
+    assert halved.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert halved[key].dtype == gradient.dtype == torch.float32 and relative(halved[key], gradient) <= 0.1, key
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("clip", "lit")])

@@ -409,6 +409,10 @@ def test_cached_features_give_what_pictures_give(colors, encoder_path, tmp_path)
     halved = a_recipe(encoder_path, colors, tmp_path / "halved", steps=10, cache="on")
     halved.cache_dtype = "fp16"
     assert probing.probe(halved)["loss"] == pytest.approx(cached["loss"], abs=1e-3)
+    for cache in ("on", "off"):
+        coarse = a_recipe(encoder_path, colors, tmp_path / f"bf16_{cache}", steps=10, cache=cache)
+        coarse.precision = "bf16"
+        assert probing.probe(coarse)["loss"] == pytest.approx(cached["loss"], abs=2e-2)
 
 
 def test_the_cache_keeps_its_limit_and_features_of_equal_content_once(colors, encoder_path, tmp_path):
