@@ -12,6 +12,7 @@ Without a GPU one small size is timed in fp32 and the line says so: a check that
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -76,6 +77,14 @@ def measure(size: str, micro_batch: int, steps: int, overrides: list[str]) -> di
     }
 
 
+def begin_anew() -> None:
+    """Nothing of the size before stays on the device (a compiled model is part of a cycle), nor in its peak."""
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def data_wait(size: str, shards: str, micro_batch: int, steps: int) -> float:
     """Share of a real run's time, after its first half, spent waiting for samples."""
     import json
@@ -99,7 +108,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         for size in arguments.sizes:
-            record("pretrain_gpu", {"name": f"pretrain {size} 224 px", "unit": "images/s", **measure(size, arguments.micro_batch, arguments.steps, [])})
+            begin_anew()
+            try:
+                facts = measure(size, arguments.micro_batch, arguments.steps, [])
+            except torch.OutOfMemoryError as error:
+                facts = {"micro_batch": arguments.micro_batch, "out_of_memory": str(error).splitlines()[0]}
+            record("pretrain_gpu", {"name": f"pretrain {size} 224 px", "unit": "images/s", **facts})
+        begin_anew()
         if arguments.data:
             wait = data_wait(arguments.sizes[0], arguments.data, arguments.micro_batch, 200)
             record("pretrain_gpu", {"name": f"data wait, {arguments.sizes[0]} 224 px", "unit": "share of time", "ours": round(wait, 4)})

@@ -156,6 +156,20 @@ def test_a_forward_pass_leaves_quantised_weights_as_they_are_whatever_the_proces
         assert torch.equal(layer.weight, weight) and torch.equal(layer.weight.quant_state.absmax, scales)
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_8_bit_layers_move_with_their_scales(tokenizer_folder, data, used):  # noqa: F811
+    assistant, processor, *_ = adapted(tokenizer_folder, "int8")
+    expected = logits(assistant, processor, data) if used else None  # the first pass moves the scales from the weight to the layer's state
+    layers = [module for module in assistant.modules() if type(module).__name__ == "Linear8bitLt"]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.clone()  # what a parent's `to` does with another device
+    adapters.move(assistant, torch.device("cpu"))
+    for layer in layers:
+        (held,) = (holder for holder in (layer.weight, layer.state) if holder.CB is not None)
+        assert held.CB.data_ptr() == layer.weight.data_ptr() and held.SCB is not None
+    assert len(layers) == 14 and (not used or torch.equal(logits(assistant, processor, data), expected))
+
+
 @pytest.mark.parametrize("kind", ["lora", "qdora"])
 def test_an_adapter_alone_on_its_base_gives_the_same_logits(tokenizer_folder, data, tmp_path, kind):  # noqa: F811
     """Onto the base before tuning (its connector is another one), and by peft alone onto the written base."""

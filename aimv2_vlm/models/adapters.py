@@ -96,6 +96,19 @@ def quantize(assistant: nn.Module, llm: LanguageModel, compute_dtype: torch.dtyp
         assistant.set_submodule(name, layer.train(linear.training))
 
 
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model.to(device)`, with what 8-bit layers hold beside their parameters: it stays behind where a parent is moved."""
+    model.to(device)
+    for module in model.modules():
+        if is_quantized(module) and _format(module.weight) == "int8":
+            for holder in (module.weight, module.state):
+                if holder.CB is not None:
+                    holder.CB = module.weight.data
+                if holder.SCB is not None:
+                    holder.SCB = holder.SCB.to(device)
+    return model
+
+
 def stored_weight(linear: nn.Linear) -> torch.Tensor:
     """The weight (outputs, inputs) that a layer computes with, dequantised where it is quantised."""
     if not is_quantized(linear):

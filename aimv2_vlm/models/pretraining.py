@@ -36,6 +36,11 @@ FOLDER = "pretraining"  # everything but the encoder, inside a checkpoint's fold
 PIXEL_WEIGHT = 0.4  # alpha of the paper
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, made on the host, on `device`: from pinned memory, or the host would wait for the device."""
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 class Places(NamedTuple):
     """Where a micro-batch is scored, found on the host: no shape then depends on values that lie on the device.
 
@@ -49,10 +54,7 @@ class Places(NamedTuple):
 
     def to(self, device: torch.device) -> Places:
         """The same with its tensors on `device`."""
-        tensors = (self.patches_R, self.tokens_R)
-        if torch.device(device).type == "cuda":  # from pinned memory, or the host would wait for the device
-            tensors = (t.pin_memory() for t in tensors)
-        return Places(*(t.to(device, non_blocking=True) for t in tensors), self.num_tokens)
+        return Places(to_device(self.patches_R, device), to_device(self.tokens_R, device), self.num_tokens)
 
 
 def scored_places(

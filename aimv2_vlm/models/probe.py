@@ -90,7 +90,9 @@ class AttentiveHead(nn.Module):
 
     def forward(self, tokens_BND: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> logits (B, K)."""
-        return self.classifier(attend(tokens_BND, self.query[None], self.key.weight[None], self.value.weight[None], self.num_heads)[0])
+        pooled_BD = attend(tokens_BND, self.query[None], self.key.weight[None], self.value.weight[None], self.num_heads)[0]
+        with full_precision(pooled_BD.device):  # of 1,000 classes rounded to bf16, two are often equally likely
+            return self.classifier(pooled_BD.to(self.classifier.weight.dtype))
 
 
 class AttentiveHeads(nn.Module):
@@ -106,7 +108,8 @@ class AttentiveHeads(nn.Module):
     def forward(self, tokens_BND: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> logits (G, B, K)."""
         pooled_GBD = attend(tokens_BND, self.query, self.key_weight, self.value_weight, self.num_heads)
-        return torch.baddbmm(self.classifier_bias[:, None], pooled_GBD, self.classifier_weight.transpose(1, 2))
+        with full_precision(pooled_GBD.device):
+            return torch.baddbmm(self.classifier_bias[:, None], pooled_GBD.to(self.classifier_bias.dtype), self.classifier_weight.transpose(1, 2))
 
     def state_of(self, number: int) -> dict[str, torch.Tensor]:
         """The weights of one probe under `AttentiveHead`'s names."""

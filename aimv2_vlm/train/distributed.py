@@ -90,6 +90,8 @@ class Placement:
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
         self._turns = 0  # of main_first
+        # Counts are known on the host: added up on the device, the host would wait for the step before.
+        self._host_group = dist.new_group(backend="gloo") if self.world > 1 and self.device.type == "cuda" else None
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -100,8 +102,11 @@ class Placement:
 
         Every process starts from rank 0's weights.
         """
+        from aimv2_vlm.models.adapters import move
+
+        move(model, self.device)
         if self.strategy == "fsdp2":
-            self._shard(model.to(self.device))
+            self._shard(model)
             return model, make_optimizer(model)
         return self.accelerator.prepare_model(model), make_optimizer(model)
 
@@ -163,8 +168,8 @@ class Placement:
         """Integer counts added over processes, exactly."""
         if self.world == 1:
             return counts
-        total = torch.tensor([counts[k] for k in sorted(counts)], dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor([counts[k] for k in sorted(counts)], dtype=torch.int64)
+        dist.all_reduce(total, group=self._host_group)
         return dict(zip(sorted(counts), total.tolist(), strict=True))
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.assistant import supervised_places
 from aimv2_vlm.models.contrastive import contrastive_sum
 from aimv2_vlm.models.encoder import NativePictures
-from aimv2_vlm.models.pretraining import scored_places
+from aimv2_vlm.models.pretraining import scored_places, to_device
 
 Batch = dict[str, Any]
 
@@ -83,9 +83,9 @@ class GenerativeObjective:
         )
         extras = {}
         if self.name == "cappa":
-            extras["parallel"] = (batch["draws"].double() / 2**63 < self.parallel_fraction).to(device, non_blocking=True)
+            extras["parallel"] = to_device(batch["draws"].double() / 2**63 < self.parallel_fraction, device)
         if self.caption_patches < 1:
-            extras["caption_patches"] = self._drawn_patches(batch, num_patches).to(device, non_blocking=True)
+            extras["caption_patches"] = to_device(self._drawn_patches(batch, num_patches), device)
         ids, lengths, prefixes = (batch[k].to(device, non_blocking=True) for k in ("input_ids", "text_lengths", "prefix_lengths"))
         arguments = (ids, lengths) if self.name == "genlip" else (ids, lengths, prefixes if self.prefix else None)
         out = model(self._pictures(batch, device), *arguments, places=places.to(device), return_predictions=False, **extras)
@@ -175,7 +175,7 @@ class InstructionObjective:
         return {"text": len(places), "samples": batch["num_rows"], "tokens": batch["input_ids"].shape[1]}
 
     def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        places = supervised_places(batch["labels"], batch["row_lengths"], batch["weights"]).to(device, non_blocking=True)
+        places = to_device(supervised_places(batch["labels"], batch["row_lengths"], batch["weights"]), device)
         arguments = {k: v for k, v in batch.items() if k not in ("bad", "num_rows", "num_truncated")}
         on_device = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in arguments.items()}
         pixels = on_device.get("pixel_values")

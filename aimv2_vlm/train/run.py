@@ -487,12 +487,18 @@ def feature_cache(recipe: SftRecipe, assistant: torch.nn.Module, processor: Any,
         if not again or FeatureCache.num_bytes(conversations, tiling, width) > recipe.encoder.cache_limit_gb * 1e9:
             return None
     bar = Progress("encoding pictures", 1, enabled=placement.is_main, unit="pictures")
+    tower, weights = assistant.eval().model.vision_tower, assistant.model.vision_tower.state_dict()
+
+    def encode(pixels_KCHW: torch.Tensor) -> torch.Tensor:
+        tower.to(placement.device)  # alone: the decoder may not fit there before it is placed
+        return encode_views(assistant, pixels_KCHW.to(placement.device))
+
     try:
         return placement.main_first(lambda: FeatureCache.open(
-            directory.path / "features", conversations, tiling, processor.image_processor,
-            partial(encode_views, assistant.eval()), assistant.model.vision_tower.state_dict(), recipe.encoder.batch_size, bar.of,
+            directory.path / "features", conversations, tiling, processor.image_processor, encode, weights, recipe.encoder.batch_size, bar.of,
         ))
     finally:
+        tower.to("cpu")
         bar.close()
 
 

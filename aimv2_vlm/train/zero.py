@@ -95,7 +95,7 @@ class ZeroPlacement(Placement):
             for kind in ("model", *MOMENTS, "step"):
                 mine = owner == self.rank
                 shape = () if kind == "step" else _shape(parameter)
-                whole = tensors[f"{kind}.{name}"] if mine else torch.empty(shape, device=self.device)
+                whole = tensors[f"{kind}.{name}"].to(self.device) if mine else torch.empty(shape, device=self.device)  # what is offloaded was read to the host
                 dist.broadcast(whole, src=owner)
                 if kind == "step":
                     self._state(optimizer, parameter)["step"].copy_(whole)
