@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=record.RESULTS.parents[1] / "docs" / "objectives.png")
     arguments = parser.parse_args()
-    place = record.RESULTS / "objectives.jsonl"
-    try:
-        rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise SystemExit(f"{place}: not there; benchmarks/objectives.py writes it") from None
-    lines = {name: row for name in COMPARISONS for row in rows if row["name"] == f"objectives, {name}" and row["split"] == "test"}
+    found = {name: record.recorded("objectives", {"name": f"objectives, {name}", "split": "test"}) for name in COMPARISONS}
+    lines = {name: line for name, line in found.items() if line is not None}
     if not lines:
-        raise SystemExit(f"{place}: holds no comparison of test; benchmarks/objectives.py writes them")
+        raise SystemExit(f"{record.RESULTS / 'objectives.jsonl'}: holds no comparison of test; benchmarks/objectives.py writes them")
     draw(lines, arguments.out)
     print(arguments.out)
 

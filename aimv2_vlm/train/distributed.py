@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def lost_processes() -> Iterator[None]:
             raise
         raise UserError(f"process {os.environ.get('RANK', '0')}: another process of this run has ended (its own last words say why); the same command "
                         "goes on from the newest checkpoint") from error
+
+
+@cache
+def _host_group() -> dist.ProcessGroup:
+    """All processes over gloo, beside NCCL; one for all placements of a process."""
+    return dist.new_group(backend="gloo")
 
 
 class Placement:
@@ -90,8 +97,6 @@ class Placement:
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
         self._turns = 0  # of main_first
-        # Counts are known on the host: added up on the device, the host would wait for the step before.
-        self._host_group = dist.new_group(backend="gloo") if self.world > 1 and self.device.type == "cuda" else None
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -169,7 +174,8 @@ class Placement:
         if self.world == 1:
             return counts
         total = torch.tensor([counts[k] for k in sorted(counts)], dtype=torch.int64)
-        dist.all_reduce(total, group=self._host_group)
+        # Counts are known on the host: added up on a GPU, the host would wait for the step before.
+        dist.all_reduce(total, group=_host_group() if self.device.type == "cuda" else None)
         return dict(zip(sorted(counts), total.tolist(), strict=True))
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
