@@ -147,3 +147,42 @@ def test_two_processes_train_the_same_model_as_one(scenes_root, tmp_path):
     two, one = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("two", "one"))
     assert two.keys() == one.keys()
     assert max(float((two[k] - one[k]).abs().max()) for k in one) < 1e-5
+
+
+PATIENT = """
+import datetime, sys, time
+import torch.distributed as dist
+from aimv2_vlm.train import distributed
+distributed.WAITING_NOTE_S = 1.0
+placement = distributed.Placement("ddp", "fp32")
+dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2), dist.group.WORLD)
+order = []
+placement.main_first(lambda: (order.append(time.time()), placement.is_main and time.sleep(4)), "write a large model")
+starts = [float(start) for start in placement.gather_strings([str(order[0])])]
+assert starts[1] - starts[0] >= 4, starts
+print("waited", file=sys.stderr)
+if placement.is_main:
+    time.sleep(4)
+placement.barrier()  # what waiting in a collective call comes to
+"""
+
+
+def test_others_wait_for_the_first_process_longer_than_a_collective_call_may_take(tmp_path):
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", launch.RENDEZVOUS: str(tmp_path / "meet"),
+             "CUDA_VISIBLE_DEVICES": ""}
+    logs, children = [tmp_path / "0.txt", tmp_path / "1.txt"], []
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "w") as file:  # a process ends when its standard input does
+                children.append(subprocess.Popen([sys.executable, "-c", PATIENT], stdin=subprocess.PIPE, stderr=file,
+                                                 env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        codes = [child.wait(timeout=120) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.stdin.close()
+            child.wait()
+    said = [log.read_text() for log in logs]
+    assert "waiting for the first process to write a large model" in said[1] and "waiting for" not in said[0], said
+    assert all("\nwaited" in f"\n{text}" for text in said), said
+    assert codes[1] and "imed out" in said[1].split("waited")[-1], said[1]

@@ -206,31 +206,31 @@ class Placement:
         if self.world > 1:
             dist.barrier()
 
-    def main_first(self, work: Callable[[], Any]) -> Any:
+    def main_first(self, work: Callable[[], Any], what: str = "prepare the data") -> Any:
         """`work()` on every process, rank 0 before the others (it builds files that they then find).
 
-        The others look at the process group's store now and then: indexing may take longer than any collective call
-        may, and the second process says what is waited for.
+        The others look at the process group's store now and then: indexing, or writing a large model, may take longer than
+        any collective call may, and the second process says what is waited for.
         """
         if self.world == 1:
             return work()
         self._turns += 1
         store, turn = dist.distributed_c10d._get_default_store(), f"main_first/{self._turns}"
         if not self.is_main:
-            self._wait_for(store, turn)
+            self._wait_for(store, turn, what)
         try:
             return work()
         finally:
             if self.is_main:
                 store.set(turn, "done")
 
-    def _wait_for(self, store: dist.Store, turn: str) -> None:
+    def _wait_for(self, store: dist.Store, turn: str, what: str) -> None:
         start = told = time.monotonic()
         while not store.check([turn]):
             time.sleep(0.2)
             if self.rank == 1 and time.monotonic() - told > WAITING_NOTE_S:
                 told = time.monotonic()
-                say(f"waiting for the first process to prepare the data, {format_seconds(told - start)} so far")
+                say(f"waiting for the first process to {what}, {format_seconds(told - start)} so far")
 
     # ------------------------------------------------------------------------------------------------------------ state
 

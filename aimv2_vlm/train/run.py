@@ -374,11 +374,15 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
     if recipe.llm.path is not None:
         return None
     folder = directory.path / "tokenizer"
-    if placement.is_main and not folder.exists():
+
+    def make() -> None:
+        if not placement.is_main or folder.exists():
+            return
         rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
         with fresh_folder(folder) as temporary:
             train_chat_tokenizer((text for row in rows for text in row.texts), temporary, recipe.llm.vocab_size, recipe.llm.template)
-    placement.barrier()
+
+    placement.main_first(make, "train the tokenizer")
     return folder
 
 
@@ -618,8 +622,11 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
             write: Callable[[Path, torch.nn.Module], None]) -> None:
     """Write `final/` with the full trained weights, wherever they lie; rank 0 writes."""
     state = placement.full_state(placed)
-    problem = ""
-    if placement.is_main:
+
+    def write_final() -> str:
+        """The problem met, if any."""
+        if not placement.is_main:
+            return ""
         model = placement.unwrap(placed)
         if placement.shards_weights:
             model = rebuild()
@@ -628,9 +635,10 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
             with storage_errors(directory.final):
                 directory.publish(lambda folder: write(folder, model))
         except UserError as error:
-            problem = str(error)
-    problem = placement.gather_strings([problem])[0]  # also the moment until which the others wait
-    if problem:
+            return str(error)
+        return ""
+
+    if problem := placement.gather_strings([placement.main_first(write_final, f"write {directory.final}")])[0]:
         raise UserError(problem)
 
 
