@@ -37,10 +37,15 @@ def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes
     arguments = argparse.Namespace(out=out, steps=4, recorded=False, seeds=[1], arms=["aimv2", "captioning prefix", "captions from a third", "half resolution first"],
                                    tasks=["texture"], budgets=[1.0, 0.5], figure4=[0.5], keys=KEYS, jobs=2, split="dev")
     lines = objectives.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
-    assert [line["name"] for line in lines] == [
-        "objectives, learning rates", "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
-    rates, samples, operations, half, figure4 = lines
-    assert rates["steps"] == samples["steps"] and rates["lr"] == dict.fromkeys(arguments.arms, 1e-3) == samples["lr"]
+    rates, comparisons = ([line for line in lines if line["name"].startswith("objectives, learning rates") == chosen] for chosen in (True, False))
+    assert [line["name"] for line in comparisons] == [
+        "objectives, equal samples", "objectives, equal operations, 1 of the budget", "objectives, equal operations, 0.5 of the budget", "objectives, Figure 4, 0.5 of the samples"]
+    samples, operations, half, figure4 = comparisons
+    assert lines[:2] == [rates[0], samples] and rates[0]["lr"] == dict.fromkeys(arguments.arms, 1e-3) == samples["lr"]
+    # a learning rate is chosen once for each arm at each length, by runs of that length
+    lengths = [(arm, *steps) for line in rates for arm, steps in line["steps"].items()]
+    assert len(lengths) == len(set(lengths)) and set(lengths) == {(arm, *steps) for line in comparisons for arm, steps in line["steps"].items()}
+    assert {place.parent.name for place in out.glob("rates/*/stage_1")} == {f"{objectives.place_of(arm, steps)} 0.001" for arm, *steps in lengths}
     assert set(operations["table"]) == set(samples["table"]) == set(half["table"])
     assert samples["steps"]["aimv2"] == [4] and len(samples["steps"]["half resolution first"]) == 2 and figure4["steps"]["aimv2"] == [2]
     # a captioning arm is cheaper a step, so it gets more of them for as many operations
