@@ -15,7 +15,7 @@ from conftest import TINY_PRETRAINING, run_cli
 from objective_cases import CASES, CONTEXT, EOS, VOCAB, cut, gradients_of
 from safetensors.torch import load_file, save_file
 
-from aimv2_vlm.config import Optimizer, TextTower, UserError
+from aimv2_vlm.config import Optimizer, PretrainRecipe, TextTower, UserError
 from aimv2_vlm.data.captions import ClipTokenizer, train_clip_tokenizer
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining, TwoTowerOutput, contrastive_sum, make_text_causal
 from aimv2_vlm.models.encoder import encode, load_encoder
@@ -23,6 +23,7 @@ from aimv2_vlm.train import launch
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, run_step
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups
+from aimv2_vlm.train.run import validate_pairs
 
 TINY_TWO_TOWERS = [*TINY_PRETRAINING, "optim.micro_batch_size=8", "text.vocab_size=600", "data.validation_samples=8",
                    "objective.text_tower={hidden_size: 32, intermediate_size: 48, num_layers: 1, num_heads: 2, projection_size: 16}"]
@@ -77,7 +78,12 @@ def test_the_temperature_starts_at_clips_and_stops_at_100():
     assert float(model(pixels, batch["input_ids"]).scale.detach()) == pytest.approx(1 / 0.07, rel=1e-6)
     with torch.no_grad():
         model.towers.logit_scale.fill_(20.0)
-    assert float(model(pixels, batch["input_ids"]).scale.detach()) == pytest.approx(100.0, rel=1e-5)
+    scale = model(pixels, batch["input_ids"]).scale
+    assert float(scale.detach()) == pytest.approx(100.0, rel=1e-5)
+    # beyond the bound a gradient passes that leads back, and none that leads on
+    for sign, passed in ((1, 100.0), (-1, 0.0)):
+        (gradient,) = torch.autograd.grad(sign * scale, model.towers.logit_scale, retain_graph=True)
+        assert float(gradient) == pytest.approx(passed, rel=1e-5)
 
 
 def test_what_stands_behind_the_end_token_is_not_read():
@@ -105,8 +111,18 @@ def global_batch() -> dict:
     return batch
 
 
-def one_step(strategy: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss of the global batch, gradients): after one unclipped step AdamW's first moment is 0.1 of the gradient."""
+class HeldOut:
+    """Seven held-out rows, which two processes cannot share evenly."""
+
+    num_samples = 7
+
+    def validation(self, positions: list[int]) -> dict:
+        batch = global_batch()
+        return {name: rows[list(positions)] if isinstance(rows, torch.Tensor) else rows for name, rows in batch.items()}
+
+
+def one_step(strategy: str) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """(loss of the global batch, held-out loss, gradients): after one unclipped step AdamW's first moment is 0.1 of the gradient."""
     case, placement = CASES["clip"], Placement(strategy, "fp32")
     optim, objective = Optimizer(lr=1e-3), case.objective()
     model, optimizer = placement.place(case.model(), lambda m: build_optimizer(
@@ -117,7 +133,10 @@ def one_step(strategy: str) -> tuple[float, dict[str, torch.Tensor]]:
     sums, _ = run_step(objective, model, optimizer, batches, counts, placement, clip=0.0)
     loss = placement.sum_tensor(sums["contrastive"]) / counts["contrastive"]
     moments = {name: optimizer.state[p]["exp_avg"] * 10 for name, p in placement.unwrap(model).named_parameters()}
-    return float(loss), moments
+    recipe = PretrainRecipe()
+    recipe.data.validation_samples, recipe.optim.micro_batch_size = 100, 4 // placement.world  # two batches, the last of three rows in all
+    held_out = validate_pairs(objective, model, HeldOut(), recipe, placement)["val_loss"]
+    return float(loss), held_out, moments
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
@@ -139,9 +158,10 @@ def test_two_processes_compute_what_one_does(tmp_path):
             child.stdin.close()
             child.wait()
     assert codes == [0, 0], log.read_text()[-3000:]
-    loss, gradients = one_step("single")
+    loss, held_out, gradients = one_step("single")
     for rank in range(2):
-        assert json.loads((out / f"{rank}.json").read_text())["loss"] == pytest.approx(loss, rel=1e-6)
+        said = json.loads((out / f"{rank}.json").read_text())
+        assert said["loss"] == pytest.approx(loss, rel=1e-6) and said["held_out"] == pytest.approx(held_out, rel=1e-6)
         found = load_file(out / f"{rank}.safetensors")
         assert found.keys() == gradients.keys()
         for name, wanted in gradients.items():
@@ -150,9 +170,9 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def work(out: Path) -> None:
     """What each of the two processes does."""
-    loss, gradients = one_step("ddp")
+    loss, held_out, gradients = one_step("ddp")
     rank = torch.distributed.get_rank()
-    (out / f"{rank}.json").write_text(json.dumps({"loss": loss}))
+    (out / f"{rank}.json").write_text(json.dumps({"loss": loss, "held_out": held_out}))
     save_file({name: g.contiguous() for name, g in gradients.items()}, out / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
@@ -214,6 +234,12 @@ def test_the_written_model_is_the_stock_one_and_embeds_alike(lit, scenes_root):
         torch.testing.assert_close(theirs.logits_per_image, ours.scale * ours.image_BE @ ours.text_BE.T, rtol=1e-5, atol=1e-4)
 
         unpadded = {"input_ids": torch.tensor([rows[0]]), "attention_mask": torch.ones(1, len(rows[0]), dtype=torch.int64)}
+        # as the card says, from text: a long caption is cut where training cuts it
+        card = (lit / "final" / "README.md").read_text(encoding="utf-8")
+        names = {"processor": processor, "captions": captions}
+        exec("\n".join(line for line in card.splitlines() if line.startswith(("tokenizer, length =", "texts ="))), names)
+        torch.testing.assert_close(stock(pixel_values=pixels, **names["texts"]).text_embeds, ours.text_BE, rtol=1e-5, atol=1e-5)
+
         causal = make_text_causal(stock)(pixel_values=pixels[:1], **unpadded).text_embeds
         torch.testing.assert_close(causal, ours.text_BE[:1], rtol=1e-5, atol=1e-5)
         bare = stock(pixel_values=pixels[:1], input_ids=unpadded["input_ids"]).text_embeds

@@ -473,6 +473,12 @@ def test_pixels_without_a_prefix_and_texts_that_do_not_fit_are_refused():
         model(pixels, torch.cat([ids, ids], 1), lengths, prefixes)
     with pytest.raises(ValueError, match="text_lengths"):
         model(pixels, ids[:, :4], lengths, prefixes)
+    # what a GPU or a compiled model does not look at is looked at before
+    batch = CASES["aimv2"].batch(1)
+    for wrong in (0, NUM_PATCHES):
+        batch["prefix_lengths"][1] = wrong
+        with pytest.raises(ValueError, match=f"prefix_lengths: must be 1 to {NUM_PATCHES - 1}"):
+            CASES["aimv2"].objective().sums(model, batch, torch.device("cpu"))
 
 
 WRONG_RECIPES = {
@@ -491,8 +497,11 @@ WRONG_RECIPES = {
     "decoder.path: clip": ["objective.name=clip", "decoder.path=somewhere"],
     "text.context_length": ["objective.name=clip", "text.context_length=2"],
     "optim.micro_batch_size: clip": ["objective.name=clip", "text.vocab_size=600"],
-    "encoder.hidden_size: 64, but": ["encoder.path=ENCODER", "encoder.hidden_size=64"],
-    "encoder.patch_size: 7, but": ["encoder.path=ENCODER", "encoder.patch_size=7"],
+    "has hidden_size 32 (here: 64), num_layers 1 (here: 2); write": ["encoder.path=ENCODER", "encoder.hidden_size=64", "encoder.num_layers=2"],
+    "has patch_size 14 (here: 7)": ["encoder.path=ENCODER", "encoder.patch_size=7"],
+    "image.mean: [0.5, 0.5, 0.5], but": ["encoder.path=ENCODER", "image.mean=[0.5, 0.5, 0.5]"],
+    "text.tokenizer: train is another one": ["encoder.path=ENCODER", "decoder.path=ENCODER", "text.canonicalize=false"],
+    "train.num_workers: 4 workers": ["train.num_workers=4", "image.size=25200", "optim.batch_size=4096", "optim.micro_batch_size=8"],
     "image.native needs a native": ["encoder.path=ENCODER", "image.native.capacity=64", "image.native.patch_limit=9"],
     "the weights do not fit the model": ["decoder.path=ENCODER", "decoder.hidden_size=48"],
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_PRETRAINING, run_cli
+from PIL import Image
 
 from aimv2_vlm import recipe as recipes
 from aimv2_vlm.config import PretrainRecipe
@@ -188,7 +190,31 @@ TINY_TOWER = ["optim.micro_batch_size=8", "data.validation_samples=8", *(
     {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "projection_size": 32}.items())]
 
 
-@pytest.mark.parametrize("name", MINIATURES)
+# Miniatures that are another one but for these keys, which TINY_PRETRAINING would overwrite: rows of Table 9b, c, e and f.
+VARIANTS = {
+    "mini_clip_128": ("mini_clip", ["optim.batch_size", "optim.steps"]),
+    "mini_alpha_02": ("mini_aimv2", ["objective.pixel_weight"]), "mini_alpha_06": ("mini_aimv2", ["objective.pixel_weight"]),
+    "mini_width_128": ("mini_aimv2", ["decoder.hidden_size", "decoder.intermediate_size", "decoder.num_heads"]),
+    "mini_width_256": ("mini_aimv2", ["decoder.hidden_size", "decoder.intermediate_size", "decoder.num_heads"]),
+    "mini_depth_2": ("mini_aimv2", ["decoder.num_layers"]), "mini_depth_4": ("mini_aimv2", ["decoder.num_layers"]),
+}
+
+
+def test_every_row_of_table_9_has_a_miniature_and_a_variant_changes_one_thing():
+    seen = set()
+    for name, (of, keys) in VARIANTS.items():
+        recipe, other = load(name), load(of)
+        assert sorted(line.split(":")[0] for line in recipes.differences(recipes.to_dict(other), recipes.to_dict(recipe))) == sorted([*keys, "out"]), name
+        assert recipe.optim.steps * recipe.optim.batch_size == other.optim.steps * other.optim.batch_size
+        seen.add(repr(recipes.to_dict(recipe) | {"out": None}))
+        build(recipe)
+    assert len(seen) == len(VARIANTS)
+    rows = [name.removeprefix("table9_").split("_")[0] for name in ROWS]
+    counted = Counter(name.removeprefix("mini_").split("_")[0] for name in MINIATURES)
+    assert all(counted[row] >= rows.count(row) for row in set(rows)), (rows, counted)
+
+
+@pytest.mark.parametrize("name", [name for name in MINIATURES if name not in VARIANTS])
 def test_miniatures_train(name, scenes_root, tiny_encoder, tmp_path):
     goes_on = [f"encoder.path={tiny_encoder}"]
     with_decoder = [*goes_on, f"decoder.path={tiny_encoder}", f"text.tokenizer={tiny_encoder / 'pretraining' / 'tokenizer.model'}", "image.size=56"]
@@ -205,6 +231,11 @@ def test_miniatures_train(name, scenes_root, tiny_encoder, tmp_path):
     recipe = recipes.load_recipe("pretrain", str(out / "recipe.yaml"), [])
     encoder = load_encoder(out / "final")
     assert encoder.config.hidden_size == 32 and encoder.config.patch_size == recipe.encoder.patch_size
+    if recipe.image.native.capacity:  # its pictures keep their aspect
+        from transformers import AutoImageProcessor
+
+        assert AutoImageProcessor.from_pretrained(out / "final")(Image.new("RGB", (64, 32)), return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 56)
+        assert "pictures of any aspect" in (out / "final" / "README.md").read_text(encoding="utf-8")
     if recipe.objective.name not in CONTRASTIVE:
         parts = json.loads((out / "final" / "pretraining" / "config.json").read_text())
         asked = recipe.objective

@@ -97,7 +97,7 @@ class TwoTowerForPreTraining(nn.Module):
         # eager attention does not know `is_causal`; given a mask, the text model makes it causal
         attended = torch.ones_like(input_ids) if self.attention == "eager" else None
         text_BE = self.towers.text_projection(text(input_ids=input_ids, attention_mask=attended).pooler_output)
-        scale = self.towers.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+        scale = _AtMost.apply(self.towers.logit_scale, math.log(LARGEST_SCALE)).exp()
         return TwoTowerOutput(F.normalize(image_BE.float(), dim=-1), F.normalize(text_BE.float(), dim=-1), scale)
 
     def forward_flops(self, rows: int, num_patches: int, num_tokens: int, **_: Any) -> float:
@@ -168,6 +168,22 @@ def contrastive_sum(out: TwoTowerOutput, input_ids_BT: torch.Tensor, weights_B: 
             logits_BG = logits_BG.masked_fill(weights_G == 0, torch.finfo(logits_BG.dtype).min)
             loss_B = loss_B - 0.5 * (target_BG * logits_BG.log_softmax(-1)).sum(-1)
     return (loss_B * (weights_B > 0)).sum()
+
+
+class _AtMost(torch.autograd.Function):
+    """`x` clamped to a bound. Beyond it only a gradient that leads back is passed on: `clamp` alone passes none, and a temperature that one
+    step took over its bound would stay there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bound: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return x.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return gradient * ((x <= ctx.bound) | (gradient > 0)), None
 
 
 class _GatherRows(torch.autograd.Function):

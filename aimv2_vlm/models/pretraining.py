@@ -57,6 +57,12 @@ class Places(NamedTuple):
         return Places(to_device(self.patches_R, device), to_device(self.tokens_R, device), self.num_tokens)
 
 
+def check_prefixes(prefix_lengths_B: torch.Tensor, num_patches: int) -> None:
+    """Raises ValueError for prefixes (on the host) outside a picture of so many patches."""
+    if int(prefix_lengths_B.min()) < 1 or int(prefix_lengths_B.max()) >= max(2, num_patches):
+        raise ValueError(f"prefix_lengths: must be 1 to {num_patches - 1}, the picture having {num_patches} patches")
+
+
 def scored_places(
     num_patches: int,
     text_lengths_B: torch.Tensor,
@@ -340,9 +346,7 @@ class AIMv2ForPreTraining(EncoderWithText):
             longest = int(text_lengths_B.max())
             raise ValueError(f"text_lengths: {longest} tokens in a row of input_ids that holds {num_tokens}")
         if prefix_lengths_B is not None:
-            num_patches = num_patches_of(self.encoder, pixel_values)
-            if int(prefix_lengths_B.min()) < 1 or int(prefix_lengths_B.max()) >= max(2, num_patches):
-                raise ValueError(f"prefix_lengths: must be 1 to {num_patches - 1}, the picture having {num_patches} patches")
+            check_prefixes(prefix_lengths_B, num_patches_of(self.encoder, pixel_values))
 
     def _parallel_mask(
         self, sequence_BSD: torch.Tensor, num_patches: int, text_lengths_B: torch.Tensor, parallel_B: torch.Tensor

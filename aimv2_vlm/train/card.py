@@ -123,14 +123,18 @@ def _encoder(recipe: PretrainRecipe, parameters: Mapping[str, int]) -> str:
         return (
             f"An image tower and a text tower, {_numbers(parameters)}, patches of {recipe.encoder.patch_size} px, pictures of {recipe.image.size} px, trained by the "
             f"objective {recipe.objective.name} (arXiv 2411.14402, section 2.4).\n\n"
-            '```python\nfrom transformers import AutoModel, AutoProcessor\n\nmodel, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")\n```'
+            '```python\nfrom transformers import AutoModel, AutoProcessor\n\nmodel, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")\n'
+            f"tokenizer, length = processor.tokenizer, {recipe.text.context_length}\n"
+            "texts = tokenizer.pad(tokenizer(captions, truncation=True, max_length=length), padding=\"max_length\", max_length=length + 1, return_tensors=\"pt\")\n```\n"
+            "Texts are cut to the context and padded to one place more, as above: the stock text tower is causal only where a row of the batch has padding."
         )
+    native = " It takes pictures of any aspect, one at a time; the processor only scales their shorter side."
     name = {"aimv2": "by autoregressing patches and text", "aimv1": "by autoregressing patches"}.get(recipe.objective.name, f"by the objective {recipe.objective.name}")
     return (
         f"A vision encoder, {_numbers(parameters)}, patches of {recipe.encoder.patch_size} px, pictures of {recipe.image.size} px, pre-trained {name} "
         "(AIMv2, arXiv 2411.14402).\n\n"
         '```python\nfrom transformers import AutoImageProcessor, AutoModel\n\nencoder, processor = AutoModel.from_pretrained("."), '
-        'AutoImageProcessor.from_pretrained(".")\n```\nThe features are `last_hidden_state`.'
+        'AutoImageProcessor.from_pretrained(".")\n```\nThe features are `last_hidden_state`.' + native * (recipe.image.native.capacity is not None)
     )
 
 

@@ -6,6 +6,9 @@ A step takes all its micro-batches first, adds the integer counts over processes
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import signal
 import time
 from collections import Counter, deque
@@ -122,9 +125,23 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+PREFETCHED = 2  # steps a worker
+
+
+def check_shared_memory(step_bytes: int, num_workers: int) -> None:
+    """Refuses workers whose finished steps (`step_bytes` each on this process) do not fit into /dev/shm, through which they come; a worker that
+    finds it full dies of a bus error. Raises UserError."""
+    shared = Path("/dev/shm")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_workers and shared.is_dir() and (needed := step_bytes * num_workers * PREFETCHED * processes) > (free := shutil.disk_usage(shared).free):
+        raise UserError(f"train.num_workers: {num_workers} workers{f' of each of {processes} processes' * (processes > 1)} keep up to {num_workers * PREFETCHED} steps of "
+                        f"{step_bytes / 2**20:,.0f} MiB in /dev/shm, {needed / 2**30:.1f} GiB in all, and {free / 2**30:.1f} are free there; take fewer workers, or give "
+                        f"the container more (--shm-size={math.ceil(1.2 * needed / 2**30)}g)")
+
+
 def fetch_steps(dataset: StepDataset, start: int, num_workers: int) -> Iterator[list[Batch] | str]:
     loader = DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=num_workers,
-                        prefetch_factor=2 if num_workers else None, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
+                        prefetch_factor=PREFETCHED if num_workers else None, worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
     yield from loader
 
 

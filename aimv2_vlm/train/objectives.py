@@ -12,7 +12,7 @@ from aimv2_vlm.data.transforms import normalize
 from aimv2_vlm.models.assistant import supervised_places
 from aimv2_vlm.models.contrastive import contrastive_sum
 from aimv2_vlm.models.encoder import NativePictures
-from aimv2_vlm.models.pretraining import scored_places, to_device
+from aimv2_vlm.models.pretraining import check_prefixes, scored_places, to_device
 
 Batch = dict[str, Any]
 
@@ -75,6 +75,8 @@ class GenerativeObjective:
 
     def sums(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         num_patches = self._num_patches(batch)
+        if self.prefix:
+            check_prefixes(batch["prefix_lengths"], num_patches)
         places = scored_places(
             num_patches, batch["text_lengths"], batch["prefix_lengths"] if self.pixels else None, batch["weights"],
             # Trimming saves work; a GPU rather keeps one shape.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -40,7 +41,7 @@ from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import card, checkpoint, memory
 from aimv2_vlm.train.directory import RunDirectory, storage_errors
 from aimv2_vlm.train.distributed import Placement, lost_processes
-from aimv2_vlm.train.loop import check_batch, global_slice, train, validate
+from aimv2_vlm.train.loop import check_batch, check_shared_memory, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
 from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective, InstructionObjective, TrainingObjective
 from aimv2_vlm.train.optim import Schedule, build_optimizer, describe, parameter_groups
@@ -71,7 +72,9 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
         tokenizer, data, held_out = pair_data(recipe, directory, placement)
+        check_decoder_tokenizer(recipe, directory)
         steps = NativeSteps(recipe, data, placement) if recipe.image.native.capacity else PairSteps(recipe, data, placement)
+        check_shared_memory(steps.bytes, recipe.train.num_workers)
         schedule = resolve_schedule(recipe.optim, data.epoch_positions / steps.samples)
         rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size, tokenizer.eos_id)
         model = seeded(recipe.seed, rebuild)
@@ -214,9 +217,7 @@ def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int, eos_id: int
     e, d, o = recipe.encoder, recipe.decoder, recipe.objective
     if e.path is not None:
         encoder = load_encoder(e.path, image_size=recipe.image.size, attention=e.attention)
-        for key in ("patch_size", "hidden_size"):
-            if (found := getattr(encoder.config, key)) != getattr(e, key):
-                raise UserError(f"encoder.{key}: {getattr(e, key)}, but the encoder in {e.path} has {found}; write that, or name another checkpoint")
+        check_encoder(recipe, encoder.config)
         if recipe.image.native.capacity is not None and not encoder.config.is_native:
             raise UserError(f"encoder.path: {e.path} has learned positions of one size; image.native needs a native (sin-cos) encoder")
     else:
@@ -239,6 +240,34 @@ def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int, eos_id: int
     return model
 
 
+def check_encoder(recipe: PretrainRecipe, config: Any) -> None:
+    """Raises UserError where the encoder in `encoder.path` has other sizes, or saw pictures normalised by other values, than the recipe says."""
+    e = recipe.encoder
+    config_names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    found = {key: getattr(config, config_names.get(key, key)) for key in ("patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")}
+    if differing := {key: value for key, value in found.items() if value != getattr(e, key)}:
+        said = ", ".join(f"{key} {value} (here: {getattr(e, key)})" for key, value in differing.items())
+        raise UserError(f"encoder: the one in {e.path} has {said}; write that, or name another checkpoint")
+    try:
+        statistics = image_statistics(e.path)
+    except UserError:
+        return  # a bare encoder says nothing of its pictures
+    for key, theirs in zip(("mean", "std"), statistics, strict=True):
+        if max(abs(a - b) for a, b in zip(theirs, getattr(recipe.image, key), strict=True)) > 1e-4:
+            raise UserError(f"image.{key}: {getattr(recipe.image, key)}, but the encoder in {e.path} was trained with {theirs} (its preprocessor_config.json); "
+                            f"write image.mean={json.dumps(statistics[0])} image.std={json.dumps(statistics[1])}")
+
+
+def check_decoder_tokenizer(recipe: PretrainRecipe, directory: RunDirectory) -> None:
+    """Raises UserError where the decoder in `decoder.path` learned its words from another tokenizer than the run's."""
+    if recipe.decoder.path is None or recipe.objective.name == "aimv1":
+        return
+    theirs, own = Path(recipe.decoder.path) / "pretraining" / CAPTION_TOKENIZER, directory.path / CAPTION_TOKENIZER
+    if theirs.is_file() and theirs.read_bytes() != own.read_bytes():
+        raise UserError(f"text.tokenizer: {recipe.text.tokenizer} is another one than the decoder in {recipe.decoder.path} learned with, so its words "
+                        f"would mean others; write text.tokenizer={theirs} (in a run folder of its own, or with --restart)")
+
+
 def pretraining_objective(recipe: PretrainRecipe) -> TrainingObjective:
     """The recipe's objective, which knows the model's forward pass."""
     i, patch_size = recipe.image, recipe.encoder.patch_size
@@ -248,7 +277,8 @@ def pretraining_objective(recipe: PretrainRecipe) -> TrainingObjective:
 
 
 class PairSteps:
-    """step -> this process's micro-batches of image-text pairs. `samples`: of one step, over all processes."""
+    """step -> this process's micro-batches of image-text pairs. `samples`: of one step, over all processes; `bytes`: of its
+    pictures on this one."""
 
     def __init__(self, recipe: PretrainRecipe, data: PairDataset, placement: Placement):
         self.data, self.optim, self.rank, self.world = data, recipe.optim, placement.rank, placement.world
@@ -257,6 +287,7 @@ class PairSteps:
         if recipe.objective.name in CONTRASTIVE and self.optim.micro_batch_size * self.world != self.optim.batch_size:
             raise UserError(f"optim.micro_batch_size: {recipe.objective.name} compares all {self.optim.batch_size} rows of a step at once, so it "
                             f"cannot be accumulated; set it to 0 (optim.batch_size / {self.world} processes = {self.optim.batch_size // self.world})")
+        self.bytes = self.samples // self.world * 3 * recipe.image.size**2
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
         positions = global_slice(step, self.optim.batch_size, self.rank, self.world)
@@ -265,13 +296,14 @@ class PairSteps:
 
 
 class NativeSteps:
-    """step -> this process's mini-batches of pictures at their own resolution. `samples`: of a step, on average."""
+    """step -> this process's mini-batches of pictures at their own resolution. `samples`: of a step, on average; `bytes`: as of `PairSteps`."""
 
     def __init__(self, recipe: PretrainRecipe, data: PairDataset, placement: Placement):
         native = recipe.image.native
         self.pairs = NativePairs(data, native.capacity, recipe.encoder.patch_size, native.patch_limit, native.center, native.spread)
         self.minibatches, self.rank, self.world = native.minibatches, placement.rank, placement.world
         self.samples = self.pairs.schedule.samples_per_block * self.minibatches / STRATA
+        self.bytes = self.minibatches // self.world * native.capacity * 3 * recipe.encoder.patch_size**2
         self.pairs.schedule.numbers(0, self.minibatches, self.rank, self.world)  # refuses a world that does not divide them
 
     def __call__(self, step: int) -> list[dict[str, Any]]:
@@ -283,14 +315,17 @@ def validate_pairs(objective: TrainingObjective, model: torch.nn.Module, data: P
                    placement: Placement) -> dict[str, float]:
     """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
     total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size or recipe.optim.batch_size
-    mine = range(placement.rank, total, placement.world)
+    mine, share = range(placement.rank, total, placement.world), math.ceil(total / placement.world)
 
     def batches() -> Iterator[dict[str, Any]]:
-        # As many on every process: FSDP2 and ZeRO-3 exchange weights in each forward pass.
-        for i in range(math.ceil(math.ceil(total / placement.world) / size)):
-            positions = mine[i * size : (i + 1) * size]
-            batch = data.validation(positions or [0])
-            yield batch if positions else batch | {"weights": torch.zeros_like(batch["weights"]), "bad": []}
+        # As many batches on every process, with as many rows (those too many have no weight): FSDP2 and ZeRO-3 exchange weights in each forward
+        # pass, CLIP rows.
+        for start in range(0, share, size):
+            rows = min(size, share - start)
+            positions = mine[start : start + rows]
+            batch = data.validation([*positions, *[0] * (rows - len(positions))])
+            batch["weights"][len(positions) :] = 0
+            yield batch
 
     return validate(objective, model, batches(), placement)
 
@@ -304,7 +339,8 @@ def write_pretrained(folder: Path, model: torch.nn.Module, *, recipe: PretrainRe
 
     size = recipe.image.size
     processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=3,
-                                   image_mean=list(recipe.image.mean), image_std=list(recipe.image.std))
+                                   image_mean=list(recipe.image.mean), image_std=list(recipe.image.std),
+                                   do_center_crop=recipe.image.native.capacity is None)  # native: of its own aspect
     if recipe.objective.name in CONTRASTIVE:
         tokenizer = ClipTokenizer(folder.parent / CLIP_TOKENIZER, recipe.text.context_length, recipe.text.canonicalize).stock
         model.save_pretrained(folder, processor=CLIPProcessor(image_processor=processor, tokenizer=tokenizer))
