@@ -138,15 +138,20 @@ def test_a_process_of_a_group_ends_with_its_own_status(how, code, tmp_path):
     assert "terminate called" not in ended.stderr and ended.stderr.count("ValueError: unforeseen") == (8 if how == "raise" else 0)
 
 
-def test_two_processes_train_the_same_model_as_one(scenes_root, tmp_path):
+def test_two_processes_train_the_same_model_as_one_started_by_the_command_or_by_accelerate(scenes_root, tmp_path):
     from conftest import run_cli
     from safetensors.torch import load_file
 
     launch.run_in_processes(words(scenes_root, tmp_path / "two", 4), 2)
+    flags = ["--cpu", "--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    started = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "aimv2_vlm", *words(scenes_root, tmp_path / "accelerate", 4)]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     run_cli(*words(scenes_root, tmp_path / "one", 4))
-    two, one = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("two", "one"))
-    assert two.keys() == one.keys()
+    two, accelerated, one = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("two", "accelerate", "one"))
+    assert two.keys() == accelerated.keys() == one.keys()
     assert max(float((two[k] - one[k]).abs().max()) for k in one) < 1e-5
+    assert all(two[k].equal(accelerated[k]) for k in two)
 
 
 PATIENT = """

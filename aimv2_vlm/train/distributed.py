@@ -84,7 +84,7 @@ class Placement:
         for plugin in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
             if os.environ.get(plugin, "false").lower() == "true":
                 raise UserError(f"train.strategy: {strategy}, but `accelerate launch` set {plugin}; launch with plain "
-                                "--multi_gpu or --multi_cpu, the recipe alone chooses the strategy")
+                                "--multi_gpu or --cpu, the recipe alone chooses the strategy")
         if offload != "none" and not strategy.startswith("zero"):
             raise UserError(f"train.offload: {offload} goes with train.strategy: zero2 and zero3, not with {strategy}; write none")
         self.strategy, self.offload = strategy, offload
