@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,26 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+
+
+def run_two_processes(command: list[str], folder: Path, seconds: float = 300) -> tuple[list[int], list[str]]:
+    """Exit codes and standard errors of `command` run by two processes of one gloo group that meets in `folder`."""
+    from aimv2_vlm.train.launch import RENDEZVOUS
+
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", RENDEZVOUS: str(folder / "meet"),
+             "CUDA_VISIBLE_DEVICES": ""}
+    logs, children = [folder / "0.txt", folder / "1.txt"], []
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "w") as file:  # a process ends when its standard input does
+                children.append(subprocess.Popen(command, stdin=subprocess.PIPE, stderr=file, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        codes = [child.wait(timeout=seconds) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.stdin.close()
+            child.wait()
+    return codes, [log.read_text() for log in logs]
 
 
 def run_cli(*words: object, check: bool = True) -> Done:

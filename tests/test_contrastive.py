@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_PRETRAINING, run_cli
+from conftest import TINY_PRETRAINING, run_cli, run_two_processes
 from objective_cases import CASES, CONTEXT, EOS, VOCAB, cut, gradients_of
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +17,6 @@ from aimv2_vlm.config import Optimizer, PretrainRecipe, TextTower, UserError
 from aimv2_vlm.data.captions import ClipTokenizer, train_clip_tokenizer
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining, TwoTowerOutput, contrastive_sum, make_text_causal
 from aimv2_vlm.models.encoder import encode, load_encoder
-from aimv2_vlm.train import launch
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, run_step
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups
@@ -143,21 +140,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     """The summed loss and the averaged gradients, with a pair of equal captions and a bad row across the cut."""
     out = tmp_path / "out"
     out.mkdir()
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", launch.RENDEZVOUS: str(tmp_path / "meet"),
-             "CUDA_VISIBLE_DEVICES": ""}
-    children, log = [], tmp_path / "log.txt"
-    try:
-        with open(log, "w") as words:
-            for rank in range(2):  # a process ends when its standard input does
-                environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                children.append(subprocess.Popen([sys.executable, __file__, str(out)], env=environment, stdin=subprocess.PIPE, stderr=words))
-            codes = [child.wait(timeout=300) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.stdin.close()
-            child.wait()
-    assert codes == [0, 0], log.read_text()[-3000:]
+    codes, said = run_two_processes([sys.executable, __file__, str(out)], tmp_path)
+    assert codes == [0, 0], [text[-3000:] for text in said]
     loss, held_out, gradients = one_step("single")
     for rank in range(2):
         said = json.loads((out / f"{rank}.json").read_text())

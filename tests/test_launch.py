@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY_PRETRAINING
+from conftest import TINY_PRETRAINING, run_two_processes
 
 from aimv2_vlm.train import launch
 from aimv2_vlm.train.loop import EXIT_STOPPED, Stopped
@@ -173,21 +173,7 @@ placement.barrier()  # what waiting in a collective call comes to
 
 
 def test_others_wait_for_the_first_process_longer_than_a_collective_call_may_take(tmp_path):
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", launch.RENDEZVOUS: str(tmp_path / "meet"),
-             "CUDA_VISIBLE_DEVICES": ""}
-    logs, children = [tmp_path / "0.txt", tmp_path / "1.txt"], []
-    try:
-        for rank, log in enumerate(logs):
-            with open(log, "w") as file:  # a process ends when its standard input does
-                children.append(subprocess.Popen([sys.executable, "-c", PATIENT], stdin=subprocess.PIPE, stderr=file,
-                                                 env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
-        codes = [child.wait(timeout=120) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.stdin.close()
-            child.wait()
-    said = [log.read_text() for log in logs]
+    codes, said = run_two_processes([sys.executable, "-c", PATIENT], tmp_path, 120)
     assert "waiting for the first process to write a large model" in said[1] and "waiting for" not in said[0], said
     assert all("\nwaited" in f"\n{text}" for text in said), said
     assert codes[1] and "imed out" in said[1].split("waited")[-1], said[1]

@@ -224,6 +224,10 @@ class Placement:
             if self.is_main:
                 store.set(turn, "done")
 
+    def main_alone(self, work: Callable[[], Any], what: str) -> Any:
+        """`work()` on rank 0, for which the others wait as in `main_first`; None on them."""
+        return self.main_first(lambda: work() if self.is_main else None, what)
+
     def _wait_for(self, store: dist.Store, turn: str, what: str) -> None:
         start = told = time.monotonic()
         while not store.check([turn]):

@@ -412,13 +412,13 @@ def chat_tokenizer(recipe: SftRecipe, conversations: ConversationSet, directory:
     folder = directory.path / "tokenizer"
 
     def make() -> None:
-        if not placement.is_main or folder.exists():
+        if folder.exists():
             return
         rows = (conversations[i] for i in range(min(len(conversations), TOKENIZER_TEXTS)))
         with fresh_folder(folder) as temporary:
             train_chat_tokenizer((text for row in rows for text in row.texts), temporary, recipe.llm.vocab_size, recipe.llm.template)
 
-    placement.main_first(make, "train the tokenizer")
+    placement.main_alone(make, "train the tokenizer")
     return folder
 
 
@@ -661,8 +661,6 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
 
     def write_final() -> str:
         """The problem met, if any."""
-        if not placement.is_main:
-            return ""
         model = placement.unwrap(placed)
         if placement.shards_weights:
             model = rebuild()
@@ -674,7 +672,7 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
             return str(error)
         return ""
 
-    if problem := placement.gather_strings([placement.main_first(write_final, f"write {directory.final}")])[0]:
+    if problem := placement.gather_strings([placement.main_alone(write_final, f"write {directory.final}") or ""])[0]:
         raise UserError(problem)
 
 
