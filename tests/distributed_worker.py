@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from aimv2_vlm.config import Objective, Optimizer, UserError
 from aimv2_vlm.models.encoder import build_encoder
@@ -23,12 +25,14 @@ from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, losses, run_step, validate
 from aimv2_vlm.train.objectives import GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, learning_rate, parameter_groups
+from aimv2_vlm.train.run import compile_model
 
 SIZE, PATCH, VOCAB, CONTEXT, BATCH = 56, 14, 61, 12, 8
 NUM_PATCHES = (SIZE // PATCH) ** 2
 CUTS = [4, 1]  # samples of a micro-batch; the curves are run with 3 and then 1
 HALF = 10  # the step whose checkpoint the strategies hand to each other
 OPTIM = Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=3, steps=20, batch_size=BATCH, clip=2.0)
+COMPILED = ("ddp", "fsdp2")  # as a whole, block by block
 # Who goes on from whose checkpoint; the single process goes on from everyone's.
 READS = {"ddp": "zero3", "fsdp2": "single", "zero2": "ddp", "zero3": "fsdp2"}
 
@@ -92,10 +96,12 @@ class Poisoned(GenerativeObjective):
 class Run:
     """A placed model and its optimizer."""
 
-    def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32", offload: str = "none"):
+    def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32", offload: str = "none", compiled: bool = False):
         self.placement = Placement(strategy, precision, offload)
         self.objective = GenerativeObjective(Objective(), PATCH, [0.5] * 3, [0.25] * 3)
-        self.model, self.optimizer = self.placement.place(build_model(spoiled), make_optimizer)
+        model = build_model(spoiled)
+        compile_model(model, compiled, self.placement)
+        self.model, self.optimizer = self.placement.place(model, make_optimizer)
 
     def steps(
         self, first: int, last: int, size: int, clip: float = OPTIM.clip, objective: Any = None
@@ -141,6 +147,17 @@ def gradients(strategy: str, sizes: list[int], out: Path) -> None:
         run = Run(strategy)
         run.steps(5, 6, size, clip=0.0)
         run.save(out / f"gradient_{strategy}_{size}", 1)
+
+
+def compiled_steps(strategy: str) -> dict[str, Any]:
+    """Two steps of the compiled model in bf16, and how many graphs were made of it."""
+    compiled, graphs = torch.nn.Module.compile, CompileCounterWithBackend("aot_eager")  # traced as ever; generating code would take minutes
+    torch.nn.Module.compile = partialmethod(compiled, backend=graphs)
+    try:
+        run = Run(strategy, precision="bf16", compiled=True)
+        return {"curve": run.steps(0, 2, 4), "graphs": graphs.frame_count}
+    finally:
+        torch.nn.Module.compile = compiled
 
 
 def save_where_one_disk_is_full(run: Run, folder: Path) -> list[str]:
@@ -194,6 +211,8 @@ def main() -> None:
             gradients(strategy, CUTS, arguments.out)
             run = Run(strategy, precision="bf16")
             result["bf16"] = run.steps(0, 2, 4)
+            if strategy in COMPILED:
+                result["compiled"] = compiled_steps(strategy)
         if run.placement.is_main:
             (arguments.out / f"{strategy}.json").write_text(json.dumps(result))
     if not arguments.curves_only:

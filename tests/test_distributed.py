@@ -167,6 +167,15 @@ def test_bf16_stays_near_fp32(result, single) -> None:
         assert row["loss"] != wanted["loss"]
 
 
+@pytest.mark.parametrize("strategy", worker.COMPILED)
+def test_a_compiled_model_takes_the_same_steps(strategy, out) -> None:
+    """`train.compile` in bf16, inside DDP and block by block between the shards of FSDP2."""
+    found = json.loads((out / f"{strategy}.json").read_text())
+    assert found["compiled"]["graphs"] >= 1
+    for row, wanted in zip(found["compiled"]["curve"], found["bf16"], strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5) and row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
 def test_no_pickle_is_written(out) -> None:
     files = [path for path in out.rglob("*") if path.is_file()]
     assert files and {path.suffix for path in files} == {".safetensors", ".json"}
