@@ -4,7 +4,8 @@
 
 Rows: fixed 56 px, fixed 112 px, native (16 to 64 patches of 14 px), and fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up;
 all from scratch (Table 6 goes on from one encoder), from the same initial tensors (learned positions resized, sin-cos ones computed).
-Every row makes about as many updates (--steps) of as many patches (512, of which native leaves some 15 % empty); learning rates as in benchmarks/objectives.py.
+Every row makes about as many updates (--steps) of as many patches (512, of which native leaves some 15 % empty); learning rates as in benchmarks/objectives.py
+(the held-out pictures of the native row are shown at 56 px; one seed's loss tells rates apart no better than that seed's noise).
 Columns: pictures at 56 px, at 112 px, and native: each as it is stored (detail pictures have 56 px, scenes 112; the embedded pictures are square, so
 sizes differ here and aspects do not). A fixed encoder with learned positions gets them resized to the size it is probed at. Each kind of picture
 has its own probe at each size; a cell is their accuracy over all pictures.
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
         names = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
         mean, low, high = paired_difference([[ours[s][n] for n in names[s]] for s in ours], [[theirs[s][n] for n in names[s]] for s in ours], list(names.values()), seed=0)
         against.setdefault(task, {}).setdefault(other, {})[column] = {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)]}
-    line = {"name": "native resolution, 3 x 3 grid", "split": arguments.split, "seeds": arguments.seeds, "patches_spent": patches, "held_out_loss_by_lr": losses,
+    line = {"name": "native resolution, 3 x 3 grid", "keys": arguments.keys, "split": arguments.split, "seeds": arguments.seeds, "patches_spent": patches, "held_out_loss_by_lr": losses,
             "evaluations_of_each_run": 1, "grid": grid, "native_minus": against}
     record("native_resolution", line)
     return line
