@@ -38,7 +38,7 @@ def bounded(default: float | None, at_least: float | None = None, above: float |
 class Cooldown:
     """A run that goes on from another run's checkpoint while its learning rate falls linearly to `min_lr` (section 3.1)."""
 
-    checkpoint: str | None = None  # <run>/checkpoints/step_…; the run must have this recipe
+    checkpoint: str | None = None  # <run>/checkpoints/step_…; model, text and pictures of its recipe must be these, data and schedule may differ
     fraction: float = bounded(0.2, above=0)  # of the steps made until that checkpoint
     min_lr: float = bounded(1e-6, at_least=0)
 
@@ -125,9 +125,11 @@ class PairSource:
 class PairData:
     sources: list[PairSource] = field(default_factory=list)
     validation: list[PairSource] = field(default_factory=list)
-    validation_samples: int = 512
+    validation_samples: int = bounded(512, at_least=1)  # of the held-out ones, evenly spread; `validation: []` does without
     max_bad_fraction: float = bounded(0.01, at_least=0)
     window_shards: int = 16  # samples are shuffled inside a moving window of this many shards
+    # A run or a cooldown that finds other data than its checkpoint's. append: shards were only added; it goes on at its position, in the order of all of
+    # them. restart: whatever changed, it goes on at the first sample.
     changed: str = choices("refuse", "refuse", "restart", "append")
     shard_cache: str | None = None  # folder of local copies of remote shards (s3://, https://, …); null: in the user's cache
     shard_cache_gb: float = 100.0  # GiB that these copies may take

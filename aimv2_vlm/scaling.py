@@ -213,7 +213,7 @@ def prepare(config: ScalingConfig, arms: Sequence[Arm]) -> dict[str, int]:
     out, recipe = Path(config.out), arms[0].trunk
     if config.embedded.samples:
         draw_pictures(config)
-    pack_sources([*recipe.data.sources, *recipe.data.validation])
+    pack_sources(recipe.data)
     data = pair_set(recipe, recipe.data.sources, None, arms[0].seed)
     held_out = pair_set(recipe, recipe.data.validation, None, 0)
     tokenizer = Path(recipe.text.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -234,6 +235,19 @@ def test_the_written_model_is_the_stock_one_and_embeds_alike(lit, scenes_root):
     encoder = load_encoder(lit / "final")
     with torch.no_grad():
         torch.testing.assert_close(encode(encoder, pixels), stock.vision_model(pixels).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tower_is_not_tuned_on_to_another_encoder(scenes_root, tiny_encoder, tmp_path):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, encoder)
+    command = ["pretrain", "demo_scenes", f"data_root={scenes_root}", f"out={tmp_path / 'run'}", "optim.steps=3", *TINY_TWO_TOWERS, "objective.name=lit", f"encoder.path={encoder}"]
+    run_cli(*command, "train.stop_after=1")
+    tensors = load_file(encoder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, encoder / "model.safetensors", metadata={"format": "pt"})
+    done = run_cli(*command, check=False)
+    assert done.returncode == 2 and "encoder.path: its weights are not those that this run began with" in done.stderr and "Traceback" not in done.stderr
+    save_file(tensors, encoder / "model.safetensors", metadata={"format": "pt"})
+    run_cli(*command)
 
 
 def test_clip_trains_the_encoder_too(scenes_root, tmp_path):

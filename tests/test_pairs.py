@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from aimv2_vlm.config import ImageInput, PairSource, UserError
+from aimv2_vlm.config import ImageInput, PairSource, PretrainRecipe, UserError
 from aimv2_vlm.data.captions import CaptionTokenizer, train_tokenizer
 from aimv2_vlm.data.order import compare_fingerprints
 from aimv2_vlm.data.pairs import PairDataset
 from aimv2_vlm.data.shards import write_shards
+from aimv2_vlm.train import run
+from aimv2_vlm.train.distributed import Placement
 
 SIZE, PATCHES, CONTEXT = 28, 4, 24
 TEXTS = [
@@ -178,6 +180,13 @@ def test_validation_is_stored_order_and_independent_of_the_seed(root):
     assert one["input_ids"][25].tolist()[: one["text_lengths"][25]] == make(root).tokenizer.encode(TEXTS[105 % 40])
     with pytest.raises(IndexError):
         make(root).validation([29])
+
+
+def test_held_out_samples_lie_evenly_over_all_sources(root, monkeypatch):
+    recipe = PretrainRecipe()
+    recipe.data.validation_samples, recipe.optim.micro_batch_size = 5, 2
+    monkeypatch.setattr(run, "validate", lambda objective, model, batches, placement: [key for batch in batches for key in batch["keys"]])
+    assert run.validate_pairs(None, None, make(root), recipe, Placement("single")) == ["k0", "k5", "k11", "k17", "k103"]
 
 
 # --- bad samples

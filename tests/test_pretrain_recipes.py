@@ -174,7 +174,7 @@ def test_contrastive_batches_are_whole_and_others_divide(name):
 def test_low_resolution_first_costs_what_one_resolution_costs():
     def operations(name: str) -> float:
         recipe = load(name)
-        n, tokens = num_patches(recipe), 22.6  # of the embedded captions, on average
+        n, tokens = num_patches(recipe), 7.8  # of an embedded caption, on average, with the recipe's tokenizer
         return recipe.optim.steps * recipe.optim.batch_size * build(recipe).forward_flops(1, num_patches=n, num_tokens=tokens, scored_patches=n / 2)
 
     stages = operations("mini_low_resolution_first") + operations("mini_low_resolution_then_full")

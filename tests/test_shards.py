@@ -1,6 +1,7 @@
 """Laws of the shards: what is written is read back; every good sample is found, every bad one named, nothing is
 executed."""
 
+import fcntl
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from aimv2_vlm.data.shards import (
     build_index,
     expand_pattern,
     pack,
+    pack_once,
     parse_caption,
     write_shards,
 )
@@ -608,6 +610,51 @@ def test_pack_refuses_what_cannot_work(folder, tmp_path):
     pack(folder, folder / "captions.jsonl", tmp_path / "out")
     with pytest.raises(UserError, match="holds shards already"):
         pack(folder, folder / "captions.jsonl", tmp_path / "out")
+
+
+def test_pack_touches_nothing_that_it_did_not_write(folder, tmp_path):
+    out, table = tmp_path / "out", folder / "captions.jsonl"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt and maybe more; choose another folder"):
+        pack(folder, table, out)
+    assert (out / "notes.txt").read_text() == "mine" and not (tmp_path / "out.partial").exists()
+
+
+def test_a_killed_packing_leaves_no_shards_under_the_name_and_the_next_one_is_whole(folder, tmp_path, monkeypatch):
+    table, out = folder / "captions.jsonl", tmp_path / "out"
+    link = tmp_path / "link"
+    link.symlink_to(out)  # a name on another disk
+    out.mkdir()
+    monkeypatch.setattr(shards_module, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, table, link, samples_per_shard=2)
+    assert not any(out.iterdir()) and (tmp_path / "out.partial" / "00000.tar").exists()
+    monkeypatch.undo()
+    with open(tmp_path / "out.partial" / ".lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is packing into it; wait for it"):
+            pack(folder, table, link)
+    report = pack(folder, table, link)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.parquet", "00000.tar", "00000_stats.json", "data_report.json"]
+    assert link.is_symlink() and not (tmp_path / "out.partial").exists() and len(read_all(ShardSet(link))) == report["num_written"] == 4
+
+
+def test_pack_once_takes_only_shards_of_the_same_pictures_captions_and_rows(folder, tmp_path):
+    table, out = folder / "captions.jsonl", tmp_path / "out"
+    made = pack_once(folder, table, out, {"split": "train"})
+    before = (out / "00000.tar").stat().st_mtime_ns
+    assert pack_once(folder, table, out, {"split": "train"}) == json.loads(json.dumps(made))
+    for other, said in (((folder / "images", table, out, {"split": "train"}), "folder: "), ((folder, table, out), "where: "), ((folder, None, out), "captions: ")):
+        with pytest.raises(UserError, match=f"packed from something else .*{said}.*remove the folder to pack anew"):
+            pack_once(*other)
+    text = table.read_text()
+    table.write_text(text + json.dumps({"image": "images/0.jpg", "caption": "one more", "split": "train"}) + "\n")
+    with pytest.raises(UserError, match="captions_sha256: "):
+        pack_once(folder, table, out, {"split": "train"})
+    table.unlink()  # the shards stand without what they were made of
+    assert pack_once(folder, table, out, {"split": "train"})["num_written"] == 3
+    assert (out / "00000.tar").stat().st_mtime_ns == before
 
 
 def test_check_counts_and_names(tmp_path):

@@ -175,6 +175,96 @@ def test_changed_data_is_refused_naming_the_shard(scenes_root, tmp_path):
     assert done.returncode == 2 and "00000" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_added_shards_and_changed_ones_are_taken_when_asked_for(scenes_root, tmp_path):
+    """append: at the position reached in the order of all samples; restart: at the first sample of the new data."""
+    from aimv2_vlm.train import run
+
+    data, out, seen = tmp_path / "data", tmp_path / "run", []
+    (data / "shards").mkdir(parents=True)
+    shutil.copytree(scenes_root / "held_out", data / "held_out")
+    for name in ("00000.tar", "00001.tar"):
+        shutil.copy(scenes_root / "shards" / name, data / "shards")
+
+    class Watched(run.PairSteps):
+        def __call__(self, step: int) -> list[dict]:
+            seen.append(step)
+            return super().__call__(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "PairSteps", Watched)
+        run_cli(*pretraining(data, out, "train.stop_after=2"))
+        shutil.copy(scenes_root / "shards" / "00002.tar", data / "shards")
+        done = run_cli(*pretraining(data, out), check=False)
+        assert done.returncode == 2 and "00002.tar added" in done.stderr and "data.changed=append" in done.stderr
+        done = run_cli(*pretraining(data, out, "data.changed=append", "train.stop_after=3"))
+        assert "00002.tar added" in done.stderr + done.stdout and seen == [0, 1, 2]
+        shutil.copy(scenes_root / "shards" / "00001.tar", data / "shards" / "00000.tar")
+        done = run_cli(*pretraining(data, out, "data.changed=append"), check=False)
+        assert done.returncode == 2 and "shard 00000.tar: " in done.stderr and seen == [0, 1, 2]
+        done = run_cli(*pretraining(data, out, "data.changed=restart", "train.stop_after=5"))
+        assert "at the first sample of the new data" in done.stderr + done.stdout and seen == [0, 1, 2, 0, 1]
+        run_cli(*pretraining(data, out))  # goes on in that order
+    assert seen == [0, 1, 2, 0, 1, 2, 3, 4] and [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 9))
+
+
+# ------------------------------------------------------------------------------------------------------------- cooldowns
+
+
+def test_a_cooldown_goes_on_with_the_token_ids_of_its_run_on_other_data(undisturbed, scenes_root, tmp_path):
+    checkpoint = undisturbed / "checkpoints" / "step_00000006"
+    cooldown = [f"optim.cooldown.checkpoint={checkpoint}", "optim.cooldown.fraction=0.34", "data.changed=restart"]
+    (data := tmp_path / "data").mkdir()
+    (data / "held_out").symlink_to(scenes_root / "held_out")
+    (data / "shards").symlink_to(scenes_root / "held_out")  # its captions would train another tokenizer
+    run_cli(*pretraining(data, tmp_path / "run", *cooldown))
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (undisturbed / "tokenizer.model").read_bytes()
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [7, 8]
+    run_cli(*pretraining(data, tmp_path / "own", "train.stop_after=1"))
+    own = tmp_path / "own" / "tokenizer.model"
+    assert own.read_bytes() != (undisturbed / "tokenizer.model").read_bytes()
+    for key, said in ((f"text.tokenizer={own}", "`train` takes that one"), ("image.mean=[0.1, 0.2, 0.3]", "image.mean"), ("objective.pixel_weight=0.7", "objective.pixel_weight")):
+        done = run_cli(*pretraining(data, tmp_path / "other", *cooldown, key), check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- pictures packed
+
+
+def test_a_folder_of_pictures_is_packed_once_and_what_is_left_out_is_counted(tmp_path):
+    from aimv2_vlm.data import scenes
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    table = []
+    for number in range(20):
+        scene = scenes.make_scene("train", number, "detail")
+        (pictures / f"{number}.jpg").write_bytes(scenes.encode_jpeg(scenes.render(scene)))
+        table.append({"image": f"{number}.jpg", "caption": scenes.sentence(scene), "split": "val" if number >= 16 else "train"})
+    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, table)))
+    (pictures / "3.jpg").unlink()
+
+    def command(out: str, *more: str) -> list[str]:
+        return ["pretrain", "continue_pretraining", f"data_root={pictures}", f"out={tmp_path / out}", "optim.steps=3", "encoder.path=null", *TINY_PRETRAINING,
+                "encoder.position_embedding=learned", "text.vocab_size=100", f"data.sources.0.path={tmp_path}/packed/train/*.tar",
+                f"data.validation.0.path={tmp_path}/packed/val/*.tar", "data.validation_samples=4", *more]
+
+    done = run_cli(*command("a"), check=False)
+    assert done.returncode == 2 and "1 of 16 rows could not be packed" in done.stderr and "3.jpg" in done.stderr
+    run_cli(*command("a", "data.max_bad_fraction=0.1"))
+    report = json.loads((tmp_path / "a" / "data_report.json").read_text(encoding="utf-8"))
+    assert report["samples"] == 15 and report["left_out_by_packing"]["mine"]["rows"] == 1 and report["left_out_by_packing"]["mine_val"]["rows"] == 0
+    # other pictures under the same name, and shards that nobody packed, are refused; nothing is removed
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    done = run_cli(*command("b", f"data_root={other}", "data.max_bad_fraction=0.1"), check=False)
+    assert done.returncode == 2 and "packed from something else" in done.stderr and str(other) in done.stderr
+    (tmp_path / "packed" / "train" / "data_report.json").unlink()
+    done = run_cli(*command("c"), check=False)
+    assert done.returncode == 2 and "holds shards already" in done.stderr and (tmp_path / "packed" / "train" / "00000.tar").exists()
+    done = run_cli(*command("c", f"data.sources.0.path=[{tmp_path}/x/*.tar]"), check=False)
+    assert done.returncode == 2 and "pack makes the shards of one local folder" in done.stderr
+
+
 def test_two_processes_cannot_work_in_one_run_directory(scenes_root, tmp_path):
     import fcntl
 

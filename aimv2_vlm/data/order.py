@@ -379,10 +379,14 @@ def _with_shards(source: Mapping[str, Any], folder: str | os.PathLike | None) ->
     return dict(source)
 
 
+class Added(str):
+    """A difference by which nothing that was there before changed."""
+
+
 def compare_fingerprints(
     old: Mapping[str, Any], new: Mapping[str, Any], folder: str | os.PathLike | None = None
 ) -> list[str]:
-    """Every difference in words ("source 'coyo': shard 00003.tar: size 10 -> 12"); empty when the data are the same.
+    """Every difference in words ("source 'coyo': shard 00003.tar: size 10 -> 12"); empty when the data are the same. What only came to the old data is `Added`.
 
     folder: where the lists of large sources stand (`compact_fingerprint`). Without the old list a changed shard cannot
     be named, only how many shards and samples there were.
@@ -399,7 +403,7 @@ def compare_fingerprints(
     for name in dict.fromkeys([*before, *after]):
         label = f"source '{name}'"
         if name not in after or name not in before:
-            changes.append(f"{label}: {'removed' if name in before else 'added'}")
+            changes.append(f"{label}: removed" if name in before else Added(f"{label}: added"))
             continue
         one, two = before[name], after[name]
         if "listing" in one or "listing" in two:
@@ -411,7 +415,7 @@ def compare_fingerprints(
         ]
         if one.get("listing") != two.get("listing"):
             changes.append(f"{label}: shards changed, and their old list is missing")
-        changes += [f"{label}: {change}" for change in _compare_shards(one.get("shards", []), two.get("shards", []))]
+        changes += [type(change)(f"{label}: {change}") for change in _compare_shards(one.get("shards", []), two.get("shards", []))]
     if not changes and old.get("digest") != new.get("digest"):
         changes.append("the order of the sources changed")
     return changes
@@ -437,9 +441,9 @@ def _summary(source: Mapping[str, Any]) -> dict:
 
 
 def _compare_shards(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
-    changes = []
+    changes: list[str] = []
     if len(old) != len(new):
-        changes.append(f"number of shards: {len(old)} -> {len(new)}")
+        changes.append((Added if len(old) < len(new) else str)(f"number of shards: {len(old)} -> {len(new)}"))
     for number, (one, two) in enumerate(zip(old, new)):
         if one["name"] != two["name"]:
             changes.append(f"shard number {number}: {one['name']} -> {two['name']}")
@@ -450,5 +454,5 @@ def _compare_shards(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]
     return (
         changes
         + [f"shard {shard['name']} removed" for shard in old[len(new) :]]
-        + [f"shard {shard['name']} added" for shard in new[len(old) :]]
+        + [Added(f"shard {shard['name']} added") for shard in new[len(old) :]]
     )

@@ -38,6 +38,7 @@ import numpy as np
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data.manifest import BLOCK, Entry, Manifest, Packed, names_digest, pack_index, write_manifest
 from aimv2_vlm.data.remote import RemoteShard, ShardCache, check_url, find, is_url
+from aimv2_vlm.train.directory import LOCK, acquire_lock
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # Members that some reader somewhere would unpickle or import. A sample that carries one is refused as a whole.
@@ -1147,6 +1148,8 @@ class ShardSet:
 # -------------------------------------------------------------------------------------------------------------------
 # pack
 
+PACK_REPORT = "data_report.json"
+
 
 def pack(
     folder: str | os.PathLike,
@@ -1163,15 +1166,70 @@ def pack(
     captions_file: JSONL rows {"image": path below folder, "captions": [...] | "caption": str, ...}, or CSV with a
     header row of the same names, or None: `<picture>.txt` beside each picture. Of several captions the first becomes
     the .txt; all stand in the metadata as `captions` and `caption_0`, `caption_1`, …. `where` keeps the rows whose
-    fields have the given values. Pictures keep their bytes. Raises UserError when an input is missing, the output
-    holds shards already, or no row is usable.
+    fields have the given values. Pictures keep their bytes. `out_dir` gets its name when it is whole; until then, and
+    after a kill, what is written stands in `<out_dir>.partial`. Raises UserError when an input is missing, `out_dir`
+    holds anything, another process packs into it, or no row is usable.
     """
     folder, out_dir = Path(folder), Path(out_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
-    if out_dir.is_dir() and any(out_dir.glob("*.tar")):
-        raise UserError(f"{out_dir}: holds shards already; choose another folder or remove them")
+
+    def refuse_full() -> None:
+        if out_dir.is_dir() and any(out_dir.iterdir()):
+            holds = "shards already" if any(out_dir.glob("*.tar")) else f"{next(out_dir.iterdir()).name} and maybe more"
+            raise UserError(f"{out_dir}: holds {holds}; choose another folder or remove them")
+
+    refuse_full()
+    if os.path.ismount(out_dir):
+        raise UserError(f"{out_dir}: is where a disk is mounted; name a folder in it")
+    whole = Path(os.path.realpath(out_dir))  # behind a link, which could not be replaced
+    partial = whole.with_name(whole.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = acquire_lock(partial, "packing into it; wait for it or choose another folder")
+    with lock:
+        refuse_full()  # by who held the lock until now
+        for entry in partial.iterdir():  # of a killed packing
+            if entry.name != LOCK:
+                entry.unlink()
+        report = _pack(folder, Path(captions_file) if captions_file is not None else None, partial, samples_per_shard, where, max_pixels, max_bytes)
+        (partial / LOCK).unlink()
+        os.replace(partial, whole)
+    return report
+
+
+def pack_once(
+    folder: str | os.PathLike, captions_file: str | os.PathLike | None, out_dir: str | os.PathLike, where: Mapping[str, str] | None = None
+) -> dict:
+    """The report of `pack`, which runs unless `out_dir` holds what it would write. Raises UserError where the shards there are of other pictures,
+    captions or rows."""
+    try:
+        report = json.loads((Path(out_dir) / PACK_REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return pack(folder, captions_file, out_dir, where=where)
+    found, wanted = report.get("packed_from") or {}, _packed_from(Path(folder), captions_file and Path(captions_file), where)
+    if not wanted["captions_sha256"]:  # nothing to compare with: the shards may stand without what they were made of
+        wanted["captions_sha256"] = found.get("captions_sha256", "")
+    changes = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
+    if changes:
+        raise UserError(f"{out_dir}: these shards were packed from something else ({'; '.join(changes)}); remove the folder to pack anew, give another "
+                        "path, or leave `pack` out to take them as they are")
+    return report
+
+
+def _packed_from(folder: Path, captions_file: Path | None, where: Mapping[str, str] | None) -> dict[str, Any]:
+    digest = ""
+    if captions_file is not None and captions_file.is_file():
+        with open(captions_file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"folder": str(folder.resolve()), "captions": None if captions_file is None else str(captions_file.resolve()), "captions_sha256": digest,
+            "where": dict(where or {})}
+
+
+def _pack(
+    folder: Path, captions_file: Path | None, out_dir: Path, samples_per_shard: int, where: Mapping[str, str] | None, max_pixels: int, max_bytes: int
+) -> dict:
     report: dict[str, Any] = {
+        "packed_from": _packed_from(folder, captions_file, where),
         "num_rows": 0,
         "num_written": 0,
         "num_skipped": 0,
@@ -1181,7 +1239,7 @@ def pack(
     }
 
     def usable_rows() -> Iterator[dict]:
-        for label, row in _caption_rows(folder, Path(captions_file) if captions_file is not None else None):
+        for label, row in _caption_rows(folder, captions_file):
             report["num_rows"] += 1
             if (
                 isinstance(row, dict)
@@ -1207,7 +1265,7 @@ def pack(
             f"{captions_file or folder}: none of {report['num_rows']} rows could be packed, "
             f"{report['num_skipped']} skipped by the filter, {report['num_bad']} bad{example}"
         )
-    write_json(out_dir / "data_report.json", report)
+    write_json(out_dir / PACK_REPORT, report)
     return report
 
 

@@ -26,6 +26,7 @@ FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_mic
              "encoder.cache", "encoder.batch_size", "adapter.merge")
 # What a run makes for its recipe before the first step; other keys would want others.
 PREPARED = ("tokenizer", "tokenizer.model", "clip_tokenizer", "metrics.jsonl")
+LOCK = ".lock"
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
             "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes")
 
@@ -98,7 +99,7 @@ class RunDirectory:
         self._write_environment(resolved, world)
 
     def _clear(self) -> None:
-        self._remove(entry for entry in self.path.iterdir() if entry.name != ".lock")
+        self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
 
     @staticmethod
     def _remove(entries: Iterable[Path]) -> None:
@@ -160,16 +161,16 @@ class RunDirectory:
             self._lock = None
 
 
-def acquire_lock(folder: Path) -> TextIO:
-    """The folder's lock, held while the file that is returned is open. UserError when another process holds it."""
-    lock = open(folder / ".lock", "a+", encoding="utf-8")
+def acquire_lock(folder: Path, doing: str = "working in this run directory; wait for it or choose another out=") -> TextIO:
+    """The folder's lock, held while the file that is returned is open. UserError ("<who> is <doing>") when another process holds it."""
+    lock = open(folder / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
         lock.close()
-        raise UserError(f"{folder}: {owner} is working in this run directory; wait for it or choose another out=") from None
+        raise UserError(f"{folder}: {owner} is {doing}") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()

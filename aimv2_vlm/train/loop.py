@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from aimv2_vlm.config import EXIT_STOPPED, Loop, Optimizer, UserError
+from aimv2_vlm.data.order import Added
 from aimv2_vlm.train import checkpoint
 from aimv2_vlm.train.directory import RunDirectory
 from aimv2_vlm.train.distributed import Placement
@@ -101,20 +102,21 @@ class BadSamples:
 
 
 class StepDataset(Dataset):
-    """Item `step` = this process's micro-batches of that step; how many workers fetch them changes nothing.
+    """Item `step` = this process's micro-batches of that step; how many workers fetch them changes nothing. `order_begins`: the step that takes the
+    first samples.
 
     A string instead: what cannot be read any more (an exception would come out of a worker with its traceback as text).
     """
 
-    def __init__(self, micro_batches: Callable[[int], list[Batch]], num_steps: int):
-        self.micro_batches, self.num_steps = micro_batches, num_steps
+    def __init__(self, micro_batches: Callable[[int], list[Batch]], num_steps: int, order_begins: int = 0):
+        self.micro_batches, self.num_steps, self.order_begins = micro_batches, num_steps, order_begins
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> list[Batch] | str:
         try:
-            return self.micro_batches(step)
+            return self.micro_batches(step - self.order_begins)
         except (UserError, OSError) as error:
             return str(error) or repr(error)
 
@@ -221,12 +223,14 @@ def train(
 ) -> None:
     """Train from the newest complete checkpoint (or the start, or the checkpoint that a cooldown begins at) to the schedule's end.
 
-    micro_batches(step) gives this process's micro-batches. dropout_seed: of a model with dropout, whose draws become a
-    function of it, the step and the process (so that no generator's state has to be kept). Raises Stopped after a signal or `loop.stop_after` (a
-    checkpoint exists), UserError when data changed since the checkpoint or too many samples are bad.
+    micro_batches(step) gives this process's micro-batches. changed: what to do where `compare(its fingerprint, fingerprint)` says that the data are not
+    those of the checkpoint: `refuse`; `append`: go on at the position reached, in the order of the new data, which must hold the old ones as they were;
+    `restart`: go on at the first position of whatever the data are now. dropout_seed: of a model with dropout, whose draws become a function of it, the
+    step and the process (so that no generator's state has to be kept). Raises Stopped after a signal or `loop.stop_after` (a checkpoint exists),
+    UserError when data changed since the checkpoint or too many samples are bad.
     """
     bad = BadSamples(max_bad_fraction)
-    step, samples, tokens, truncated = 0, 0, 0, 0
+    step, samples, tokens, truncated, order_begins = 0, 0, 0, 0, 0
     optim, end = schedule.optim, schedule.steps
     found = checkpoint.newest(directory.checkpoints, placement)
     if found is None and optim.cooldown.checkpoint is not None:
@@ -234,18 +238,23 @@ def train(
     if found is not None:
         path, state = found
         differences = compare(state["fingerprint"], fingerprint)
-        if differences and changed == "refuse":
-            raise UserError(f"{path}: the data changed since this checkpoint ({'; '.join(differences)}); bring the old data back, "
-                            "or begin anew with --restart (pre-training also takes data.changed=append)")
+        refused = {"refuse": differences, "append": [change for change in differences if not isinstance(change, Added)], "restart": []}[changed]
+        if refused:
+            raise UserError(f"{path}: the data changed since this checkpoint ({'; '.join(refused)}); bring the old data back, or begin anew with --restart "
+                            "(pre-training also takes data.changed=append where shards were only added, and data.changed=restart)")
         tensors = placement.state_tensors(model, optimizer)
         checkpoint.load(path, tensors, placement)
         placement.after_load(model, optimizer, tensors)
         step, samples, tokens, truncated = state["step"], state["samples"], state["tokens"], state.get("truncated", 0)
+        order_begins = step if differences and changed == "restart" else state.get("order_begins", 0)
         bad.restore(state["bad"])
         if step >= end:
             bad.check(ended=True)
         if placement.is_main:
             say(f"{what}: going on from step {step} ({path})")
+            if differences:
+                where = "at the first sample of the new data" if changed == "restart" else "in the new order of all samples, some of which were seen"
+                say(f"{what}: the data changed ({'; '.join(differences)}); going on {where}")
     log = MetricsLog(directory.path, step, loop.trackers) if placement.is_main else None
     progress = Progress(what, end, step, placement.is_main)
     peak = (loop.peak_tflops or matrix_product_tflops(placement.device, placement.precision)) if placement.is_main else 0.0
@@ -254,7 +263,7 @@ def train(
     def save(stopped: str = "", exit_code: int | None = None) -> None:
         # torchrun replaces exit codes, so the checkpoint carries it
         directory.write_json("data_report.json", {**(report or {}), "bad_samples_in_training": bad.total, "named": bad.named})
-        content = {"samples": samples, "tokens": tokens, "truncated": truncated, "fingerprint": fingerprint, "world": placement.world,
+        content = {"samples": samples, "tokens": tokens, "truncated": truncated, "order_begins": order_begins, "fingerprint": fingerprint, "world": placement.world,
                    "bad": bad.state(), "stopped": stopped, "exit_code": exit_code}
         checkpoint.save(directory.checkpoints, step, placement.state_tensors(model, optimizer), content, placement, loop.keep_last, loop.keep_steps)
 
@@ -262,7 +271,7 @@ def train(
         return Stopped(message if placement.is_main else "", exit_code)
 
     model.train()
-    steps = fetch_steps(StepDataset(micro_batches, end), step, loop.num_workers)
+    steps = fetch_steps(StepDataset(micro_batches, end, order_begins), step, loop.num_workers)
     saved_step = step
     last_time, last_samples, waited, operations = time.monotonic(), samples, 0.0, 0.0
     skipped = torch.zeros((), device=placement.device)  # steps whose gradient was not finite

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aimv2_vlm import recipe as recipes
-from aimv2_vlm.config import Optimizer, PairSource, PretrainRecipe, SftRecipe, UserError
+from aimv2_vlm.config import Optimizer, PairData, PairSource, PretrainRecipe, SftRecipe, UserError
 from aimv2_vlm.data.captions import CaptionTokenizer, ClipTokenizer, train_clip_tokenizer, train_tokenizer
 from aimv2_vlm.data.chat import ChatFormat, train_chat_tokenizer
 from aimv2_vlm.data.collate import FeatureCache, InstructionDataset
@@ -24,8 +24,8 @@ from aimv2_vlm.data.native import STRATA, NativePairs
 from aimv2_vlm.data.order import Order, compact_fingerprint, compare_fingerprints
 from aimv2_vlm.data.packing import pack_rows
 from aimv2_vlm.data.pairs import PairDataset
-from aimv2_vlm.data.remote import ShardCache
-from aimv2_vlm.data.shards import atomic_file, default_cache_dir, pack
+from aimv2_vlm.data.remote import ShardCache, is_url
+from aimv2_vlm.data.shards import PACK_REPORT, atomic_file, default_cache_dir, pack_once
 from aimv2_vlm.data.tiling import Tiling
 from aimv2_vlm.models import adapters
 from aimv2_vlm.models.assistant import (
@@ -39,7 +39,7 @@ from aimv2_vlm.models.genlip import GenLIPForPreTraining
 from aimv2_vlm.models.llava_format import load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import card, checkpoint, memory
-from aimv2_vlm.train.directory import RunDirectory, storage_errors
+from aimv2_vlm.train.directory import RunDirectory, changed_keys, storage_errors
 from aimv2_vlm.train.distributed import Placement, lost_processes
 from aimv2_vlm.train.loop import check_batch, check_shared_memory, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
@@ -71,7 +71,8 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     check_states(recipe.optim, placement)
     directory = open_run(recipe, placement, restart)
     if not directory.finished:
-        tokenizer, data, held_out = pair_data(recipe, directory, placement)
+        trunk = cooldown_run(recipe)
+        tokenizer, data, held_out = pair_data(recipe, directory, placement, trunk)
         check_decoder_tokenizer(recipe, directory)
         steps = NativeSteps(recipe, data, placement) if recipe.image.native.capacity else PairSteps(recipe, data, placement)
         check_shared_memory(steps.bytes, recipe.train.num_workers)
@@ -83,17 +84,43 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
         compile_model(model, recipe.train.compile, placement)
         model, optimizer = placement.place(model, partial(make_optimizer, optim=schedule.optim, placement=placement, roles=model.parameter_roles()))
         facts = data.fingerprint()
+        if recipe.objective.name == "lit" and recipe.encoder.path is not None:  # what does not learn stands in no checkpoint
+            facts["frozen"] = weights_digest(recipe.encoder.path)
+        goes_on_from = directory.path if trunk is None or any(directory.checkpoints.glob("step_*")) else trunk
         train(
             directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
             micro_batches=steps, schedule=schedule, loop=recipe.train,
             fingerprint=compact_fingerprint(facts, directory.path, write=placement.is_main),
             # every process has the new shards at hand; only the old ones are looked up
-            compare=lambda old, _: compare_fingerprints(old, facts, directory.path), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
-            report=pair_report(data), what="pre-training",
+            compare=lambda old, _: compare_pairs(old, facts, goes_on_from), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
+            report=pair_report(recipe, data), what="pre-training",
             validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
         )
         publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe))
     return close_run(directory, placement, "pre-training")
+
+
+def compare_pairs(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[str]:
+    """`compare_fingerprints`. Raises UserError where the encoder that a text tower is tuned to is another one (an older checkpoint does not say)."""
+    before, now = (facts.get("frozen") for facts in (old, new))
+    if before not in (None, now):
+        raise UserError(f"encoder.path: its weights are not those that this run began with ({before} -> {now}); bring them back, or begin anew with --restart")
+    return compare_fingerprints(*({key: value for key, value in facts.items() if key != "frozen"} for facts in (old, new)), folder)
+
+
+def cooldown_run(recipe: PretrainRecipe) -> Path | None:
+    """The run that a cooldown goes on from. Raises UserError where its model, text or pictures are not the recipe's."""
+    path = recipe.optim.cooldown.checkpoint
+    if path is None:
+        return None
+    run = Path(path).resolve().parent.parent
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"optim.cooldown.checkpoint: {path}: no {run / 'recipe.yaml'}, which says what was trained; name a checkpoint where its run left it")
+    changed = [line for line in changed_keys(run / "recipe.yaml", recipe)
+               if line.startswith(("image.", "text.", "encoder.", "decoder.", "objective.")) and not line.startswith("text.tokenizer:")]
+    if changed:
+        raise UserError(f"optim.cooldown.checkpoint: {run} was trained by another recipe ({'; '.join(changed)}); take its values")
+    return run
 
 
 CONTRASTIVE = ("clip", "lit")
@@ -132,26 +159,32 @@ def num_patches(recipe: PretrainRecipe) -> int:
 
 
 def pair_data(
-    recipe: PretrainRecipe, directory: RunDirectory, placement: Placement
+    recipe: PretrainRecipe, directory: RunDirectory, placement: Placement, trunk: Path | None = None
 ) -> tuple[CaptionTokenizer | ClipTokenizer, PairDataset, PairDataset | None]:
-    """Tokenizer, training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 indexes first."""
+    """Tokenizer, training pairs and, where the recipe names held-out shards, validation pairs. Rank 0 indexes first. `trunk`: the run whose weights, and
+    so whose tokenizer, this one goes on with."""
     if not recipe.data.sources:
         raise UserError("data.sources: names no shards; give at least one source with a path")
     dataset = partial(pair_set, recipe, shows_progress=placement.is_main)
 
     def build() -> tuple[CaptionTokenizer | ClipTokenizer, PairDataset, PairDataset | None]:
-        pack_sources([*recipe.data.sources, *recipe.data.validation])
+        pack_sources(recipe.data)
         contrastive = recipe.objective.name in CONTRASTIVE
         path = directory.path / (CLIP_TOKENIZER if contrastive else CAPTION_TOKENIZER)
         if placement.is_main and not path.exists():
-            make = make_clip_tokenizer if contrastive else make_caption_tokenizer
-            make(recipe, path, lambda: dataset(recipe.data.sources, None, 0).texts(TOKENIZER_TEXTS))  # the same for every seed
+            if trunk is not None and recipe.text.tokenizer == "train":
+                copy_tokenizer(trunk / path.name, path)
+            else:
+                make = make_clip_tokenizer if contrastive else make_caption_tokenizer
+                make(recipe, path, lambda: dataset(recipe.data.sources, None, 0).texts(TOKENIZER_TEXTS))  # the same for every seed
+        if trunk is not None and _contents(path) != _contents(trunk / path.name):
+            raise UserError(f"text.tokenizer: is not {trunk / path.name}, whose ids the weights of optim.cooldown.checkpoint know; `train` takes that one")
         tokenizer = (ClipTokenizer if contrastive else CaptionTokenizer)(path, recipe.text.context_length, recipe.text.canonicalize)
         held_out = dataset(recipe.data.validation, tokenizer, 0) if recipe.data.validation else None
         return tokenizer, dataset(recipe.data.sources, tokenizer, recipe.seed), held_out
 
     tokenizer, data, held_out = placement.main_first(build)
-    directory.write_json("data_report.json", pair_report(data))
+    directory.write_json("data_report.json", pair_report(recipe, data))
     total = data.num_samples + data.num_bad
     if placement.is_main:
         say(f"data: {data.num_samples:,} samples in {sum(len(s.paths) for s in data.shards):,} shards, {data.num_bad:,} bad ones left out")
@@ -172,16 +205,32 @@ def pair_set(recipe: PretrainRecipe, sources: Sequence[PairSource], tokenizer: C
     )
 
 
-def pack_sources(sources: Sequence[PairSource]) -> None:
-    """Shards of the sources that name a folder of pictures; a folder that holds its report is finished."""
-    for source in sources:
-        if source.pack is None:
-            continue
-        folder = Path(str(source.path)).parent
-        if not (folder / "data_report.json").exists():
+def pack_sources(data: PairData) -> None:
+    """Shards of the sources that name a folder of pictures, made the first time. Raises UserError where those there are of something else, or too many
+    rows could not be packed."""
+    for source in packed_sources(data):
+        if not isinstance(source.path, str) or is_url(source.path):
+            raise UserError(f"data source '{source.name}': pack makes the shards of one local folder, but path is {source.path!r}; write FOLDER/*.tar")
+        assert source.pack is not None
+        folder = packed_folder(source)
+        if not (folder / PACK_REPORT).exists():
             say(f"packing {source.pack.folder} into {folder}")
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed packing left
-            pack(source.pack.folder, source.pack.captions, folder, where=source.pack.where)
+        report = pack_once(source.pack.folder, source.pack.captions, folder, source.pack.where)
+        rows = report["num_written"] + report["num_bad"]
+        if report["num_bad"] > data.max_bad_fraction * rows:
+            first = report["bad"][0]
+            raise UserError(f"{folder / PACK_REPORT}: {report['num_bad']:,} of {rows:,} rows could not be packed, above data.max_bad_fraction "
+                            f"{data.max_bad_fraction:g} (first: {first['row']}: {first['image']}: {first['reason']}); mend them and remove {folder}")
+
+
+def packed_sources(data: PairData) -> list[PairSource]:
+    return [source for source in (*data.sources, *data.validation) if source.pack is not None]
+
+
+def packed_folder(source: PairSource) -> Path:
+    """Where the shards of `path` stand: FOLDER/*.tar, or FOLDER."""
+    path = Path(str(source.path))
+    return path.parent if "*" in path.name or path.suffix == ".tar" else path
 
 
 def make_caption_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callable[[], Any]) -> None:
@@ -205,8 +254,32 @@ def make_clip_tokenizer(recipe: PretrainRecipe, path: Path, captions: Callable[[
             ClipTokenizer(recipe.text.tokenizer, recipe.text.context_length).stock.save_pretrained(temporary)
 
 
-def pair_report(data: PairDataset) -> dict[str, Any]:
-    return {"samples": data.num_samples, "bad_samples_in_index": data.num_bad, "named_in_index": data.bad_samples(1000)}
+def copy_tokenizer(source: Path, path: Path) -> None:
+    """Another run's tokenizer, a file or a folder."""
+    if not source.exists():
+        raise UserError(f"{source}: is not there, but optim.cooldown.checkpoint goes on with its ids; bring it back")
+    if source.is_dir():
+        with fresh_folder(path) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+        return
+    with atomic_file(path) as file:
+        file.write(source.read_bytes())
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    """Name and bytes of a file, or of the files of a folder."""
+    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else sorted(path.glob("*")))}
+
+
+def pair_report(recipe: PretrainRecipe, data: PairDataset) -> dict[str, Any]:
+    """What a run's `data_report.json` says of its shards, and what packing left out of them, by source."""
+    left_out = {}
+    for source in packed_sources(recipe.data):
+        path = packed_folder(source) / PACK_REPORT
+        report = json.loads(path.read_text(encoding="utf-8"))
+        left_out[source.name or str(source.path)] = {"rows": report["num_bad"], "reasons": report["bad_reasons"], "named_in": str(path)}
+    return {"samples": data.num_samples, "bad_samples_in_index": data.num_bad, "named_in_index": data.bad_samples(1000)} | (
+        {"left_out_by_packing": left_out} if left_out else {})
 
 
 def build_pretraining_model(recipe: PretrainRecipe, vocab_size: int, eos_id: int = 1) -> torch.nn.Module:
@@ -313,7 +386,7 @@ class NativeSteps:
 
 def validate_pairs(objective: TrainingObjective, model: torch.nn.Module, data: PairDataset, recipe: PretrainRecipe,
                    placement: Placement) -> dict[str, float]:
-    """Held-out losses (centre crop, one stored prefix a sample), the samples shared over processes."""
+    """Held-out losses (centre crop, one stored prefix a sample) of samples that lie evenly over the set, shared over processes."""
     total, size = min(recipe.data.validation_samples, data.num_samples), recipe.optim.micro_batch_size or recipe.optim.batch_size
     mine, share = range(placement.rank, total, placement.world), math.ceil(total / placement.world)
 
@@ -323,7 +396,7 @@ def validate_pairs(objective: TrainingObjective, model: torch.nn.Module, data: P
         for start in range(0, share, size):
             rows = min(size, share - start)
             positions = mine[start : start + rows]
-            batch = data.validation([*positions, *[0] * (rows - len(positions))])
+            batch = data.validation([*(i * data.num_samples // total for i in positions), *[0] * (rows - len(positions))])
             batch["weights"][len(positions) :] = 0
             yield batch
 
