@@ -37,7 +37,7 @@ def draw(lines: dict[str, dict[str, Any]], out: Path) -> None:
                 if arm not in line["table"]:
                     continue
                 points, low, high = difference(line["table"][arm][task])
-                told_apart = low > 0 or high < 0
+                told_apart = line["table"][arm][task]["told_apart"]  # before the bounds were rounded
                 height = len(arms) - place - 0.24 * (shift - (len(lines) - 1) / 2)
                 axis.plot([low, high], [height] * 2, color=f"C{shift}", linewidth=1.3)
                 axis.plot(points, height, COMPARISONS[name], color=f"C{shift}", markersize=5, markerfacecolor=f"C{shift}" if told_apart else "white")
