@@ -126,13 +126,18 @@ def starting_encoder(place: Path, seed: int, keys: list[str], position_embedding
     return place
 
 
+def next_stage_keys(run: Path, seed: int) -> list[str]:
+    """Of a run that goes on from encoder, decoder and tokenizer of a finished one, in an order of its own."""
+    return [f"text.tokenizer={run}/final/pretraining/tokenizer.model", f"encoder.path={run}/final", f"decoder.path={run}/final", f"seed={seed}"]
+
+
 def train_arm(root: Path, data: Path, arm: str, seed: int, steps: list[int], rate: float, more: list[str]) -> Path:
     """Every stage of an arm; returns the last run. A later stage goes on from encoder, decoder and tokenizer of the one before, in an order of its own."""
     run = root
     for number, (recipe, count) in enumerate(zip(ARMS[arm], steps, strict=True)):
         keys = []
         if number:
-            keys = [f"text.tokenizer={run}/final/pretraining/tokenizer.model", f"encoder.path={run}/final", f"decoder.path={run}/final", f"seed={seed + 1000 * number}"]
+            keys = next_stage_keys(run, seed + 1000 * number)
         elif len(ARMS[arm]) > 1:  # of another size
             keys = [f"encoder.path={starting_encoder(root / 'start', seed, more)}"]
         run = root / f"stage_{number + 1}"

@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import TINY_PRETRAINING
 
+from aimv2_vlm.recipe import load_recipe
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -72,22 +74,29 @@ def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes
         objectives.run(arguments, COUNTS | {"judged": 13}, (1e-3,), PROBE, scenes_root)
 
 
-def test_native_resolution_fills_every_cell_of_its_grid(benchmarks, scenes_root, tmp_path):
+@pytest.mark.parametrize("trunk", [2, 0])
+def test_native_resolution_fills_every_cell_of_its_grid(trunk, benchmarks, scenes_root, tmp_path):
     native = benchmarks("native_resolution")
     keys = [key for key in KEYS if not key.startswith(("image.size", "optim.micro_batch_size"))]
-    arguments = argparse.Namespace(out=tmp_path / "out", steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2, split="dev")
+    arguments = argparse.Namespace(out=tmp_path / "out", trunk=trunk, steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2, split="dev")
     line = native.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
-    assert {row: set(cells) for row, cells in line["grid"]["texture"].items()} == {row: {"56", "112", "native"} for row in native.ROWS}
-    assert {other: set(cells) for other, cells in line["native_minus"]["texture"].items()} == {row: {"56", "112", "native"} for row in native.ROWS if row != "native"}
+    rows = native.FROM_TRUNK if trunk else native.FROM_SCRATCH
+    assert line["trunk_steps"] == trunk and line["name"].endswith("from one encoder" if trunk else "from scratch")
+    assert {row: set(cells) for row, cells in line["grid"]["texture"].items()} == {row: {"56", "112", "native"} for row in rows}
+    assert {other: set(cells) for other, cells in line["native_minus"]["texture"].items()} == {row: {"56", "112", "native"} for row in rows if row != "native"}
     assert all(cell["interval"][0] <= cell["points"] <= cell["interval"][1] for cells in line["native_minus"]["texture"].values() for cell in cells.values())
-    steps = {row: json.loads((tmp_path / "out" / "seed_1" / row / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]) for row in native.ROWS}
-    assert {row: first["step"] for row, first in steps.items()} == dict.fromkeys(native.ROWS, 1)
-    assert native.patches_a_step("fixed 56", []) == native.patches_a_step("fixed 112", []) == 512 and 480 < native.patches_a_step("native", []) <= 512
+    for row in rows:
+        run = tmp_path / "out" / "seed_1" / row / "run"
+        assert json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["step"] == 1
+        recipe = load_recipe("pretrain", str(run / "recipe.yaml"))
+        assert (recipe.encoder.path, recipe.decoder.path) == ((f"{tmp_path}/out/trunks/seed_1/run/final",) * 2 if trunk else (f"{run.parent}/start", None))
+        assert recipe.encoder.position_embedding == ("learned" if not trunk and row in ("fixed 56", "fixed 112") else "sincos")
+    spent = {row: native.patches_a_step(*rows[row]) for row in rows}
+    assert spent.pop("native") == pytest.approx(512, rel=0.06) and set(spent.values()) == {512}
 
 
 def test_arms_of_another_size_begin_from_the_same_tensors(benchmarks, tmp_path):
     from aimv2_vlm.models.encoder import POSITIONS, load_encoder
-    from aimv2_vlm.recipe import load_recipe
     from aimv2_vlm.train.run import build_pretraining_model, seeded
 
     objectives = benchmarks("objectives")
