@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -182,6 +183,8 @@ def in_group() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's); returns the exit status."""
     arguments = parse(argv)
+    # transformers imports an installed torchao, whose use of torch is announced as deprecated: nothing a user could mend
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         return run(arguments)
     except UserError as error:

@@ -231,6 +231,7 @@ class TextTower:
 
 @dataclass
 class PretrainRecipe(Common):
+    precision: str = choices("auto", *PRECISIONS, "fp8")  # fp8: bf16, with the blocks' matrix products in 8 bits (torchao; GPUs from compute capability 8.9)
     licence: str = ""  # of the model, by its name on the hub (apache-2.0, other, …); stands in the model card
     data: PairData = field(default_factory=PairData)
     image: ImageInput = field(default_factory=ImageInput)

@@ -1,11 +1,11 @@
 """Pre-training throughput of the paper's sizes on the device at hand: images/s, TFLOP/s, share of peak; and the share of a run spent waiting for data.
 
-    python benchmarks/pretrain_gpu.py [--sizes large huge 1b 3b] [--micro-batch 64] [--steps 20] [--data SHARDS]
+    python benchmarks/pretrain_gpu.py [--sizes large huge 1b 3b] [--precisions bf16 fp8] [--micro-batch 64] [--steps 20] [--data SHARDS]
 
 Each size is built from its recipe (pretrain/aimv2_<size>_224.yaml), trained for some steps on synthetic uint8 pictures and 77-token captions
-through the project's own step (bf16, compiled), and timed without the first steps. TFLOP/s counts matrix products and dense attention x 3;
-its share is of 790 TFLOP/s (an H200's measured dense bf16 rate) on a GPU whose name says H200, else of the rate that a large matrix product
-reaches here; both stand in the line. With --data, a run of the first size reads these shards with 8 workers and reports `data_wait`.
+through the project's own step (bf16 unless --precisions says more, compiled), and timed without the first steps. TFLOP/s counts matrix products and
+dense attention x 3; its share is of 790 TFLOP/s (an H200's measured dense bf16 rate, also for fp8) on a GPU whose name says H200, else of the rate that a
+large bf16 matrix product reaches here; both stand in the line. With --data, a run of the first size reads these shards with 8 workers and reports `data_wait`.
 Without a GPU one small size is timed in fp32 and the line says so: a check that the script runs, not a figure.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, run_step
 from aimv2_vlm.train.metrics import matrix_product_tflops
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups
+from aimv2_vlm.train.precision import convert_to_fp8
 from aimv2_vlm.train.run import build_pretraining_model, num_patches, pretrain, pretraining_objective, seeded
 
 H200_TFLOPS = 790.0
@@ -51,6 +53,8 @@ def measure(size: str, micro_batch: int, steps: int, overrides: list[str]) -> di
     with torch.device(placement.device):
         model = seeded(0, lambda: build_pretraining_model(recipe, recipe.text.vocab_size))
     roles, objective = model.parameter_roles(), pretraining_objective(recipe)
+    if recipe.precision == "fp8":
+        convert_to_fp8(model)
     if recipe.train.compile:
         model.compile()
     model, optimizer = placement.place(model, lambda m: build_optimizer(parameter_groups(m.named_parameters(), roles, recipe.optim, {}), recipe.optim))
@@ -71,7 +75,7 @@ def measure(size: str, micro_batch: int, steps: int, overrides: list[str]) -> di
     return {
         "images_per_s": round(micro_batch / second, 2), "tflops_per_s": round(operations / second / 1e12, 3),
         "share_of_peak": round(operations / second / 1e12 / peak, 4), "peak_tflops": round(peak, 2), "matrix_product_tflops_here": round(here, 2),
-        "micro_batch": micro_batch, "precision": placement.precision, "compiled": recipe.train.compile,
+        "micro_batch": micro_batch, "precision": "fp8" if recipe.precision == "fp8" else placement.precision, "compiled": recipe.train.compile,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else None,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
@@ -102,17 +106,18 @@ def data_wait(size: str, shards: str, micro_batch: int, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["large", "huge", "1b", "3b"])
+    parser.add_argument("--precisions", nargs="+", default=["bf16"], choices=("bf16", "fp8"))
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--data", help="glob of image-text shards for the share of time spent waiting for data")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
-        for size in arguments.sizes:
+        for size, precision in itertools.product(arguments.sizes, arguments.precisions):
             begin_anew()
             try:
-                facts = measure(size, arguments.micro_batch, arguments.steps, [])
+                facts = measure(size, arguments.micro_batch, arguments.steps, [f"precision={precision}"])
             except torch.OutOfMemoryError as error:
-                facts = {"micro_batch": arguments.micro_batch, "out_of_memory": str(error).splitlines()[0]}
+                facts = {"micro_batch": arguments.micro_batch, "precision": precision, "out_of_memory": str(error).splitlines()[0]}
             record("pretrain_gpu", {"name": f"pretrain {size} 224 px", "unit": "images/s", **facts})
         begin_anew()
         if arguments.data:

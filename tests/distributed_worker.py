@@ -25,6 +25,7 @@ from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import add_counts, losses, run_step, validate
 from aimv2_vlm.train.objectives import GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, learning_rate, parameter_groups
+from aimv2_vlm.train.precision import convert_to_fp8
 from aimv2_vlm.train.run import compile_model
 
 SIZE, PATCH, VOCAB, CONTEXT, BATCH = 56, 14, 61, 12, 8
@@ -37,15 +38,15 @@ COMPILED = ("ddp", "fsdp2")  # as a whole, block by block
 READS = {"ddp": "zero3", "fsdp2": "single", "zero2": "ddp", "zero3": "fsdp2"}
 
 
-def build_model(spoiled: bool) -> AIMv2ForPreTraining:
-    """One frozen block; odd sizes, so that shards are uneven. `spoiled`: trained weights that loading must mend."""
+def build_model(spoiled: bool, encoder_sides: tuple[int, int] = (36, 50), decoder_sides: tuple[int, int] = (28, 38)) -> AIMv2ForPreTraining:
+    """One frozen block; odd sizes (width and hidden width), so that shards are uneven. `spoiled`: trained weights that loading must mend."""
     generator = torch.Generator().manual_seed(0)
     encoder = build_encoder(
-        image_size=SIZE, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=2, generator=generator
+        image_size=SIZE, hidden_size=encoder_sides[0], intermediate_size=encoder_sides[1], num_layers=2, num_heads=2, generator=generator
     )
     model = AIMv2ForPreTraining(
-        encoder, decoder_hidden_size=28, decoder_intermediate_size=38, decoder_num_layers=2, decoder_num_heads=2,
-        vocab_size=VOCAB, context_length=CONTEXT, generator=generator,
+        encoder, decoder_hidden_size=decoder_sides[0], decoder_intermediate_size=decoder_sides[1], decoder_num_layers=2,
+        decoder_num_heads=2, vocab_size=VOCAB, context_length=CONTEXT, generator=generator,
     )
     model.encoder.encoder.layers[0].requires_grad_(False)
     for parameter in filter(lambda p: p.requires_grad and spoiled, model.parameters()):
@@ -99,7 +100,9 @@ class Run:
     def __init__(self, strategy: str, spoiled: bool = False, precision: str = "fp32", offload: str = "none", compiled: bool = False):
         self.placement = Placement(strategy, precision, offload)
         self.objective = GenerativeObjective(Objective(), PATCH, [0.5] * 3, [0.25] * 3)
-        model = build_model(spoiled)
+        model = build_model(spoiled) if precision != "fp8" else build_model(spoiled, (48, 64), (32, 48))
+        if precision == "fp8":
+            convert_to_fp8(model)
         compile_model(model, compiled, self.placement)
         self.model, self.optimizer = self.placement.place(model, make_optimizer)
 
@@ -211,6 +214,7 @@ def main() -> None:
             gradients(strategy, CUTS, arguments.out)
             run = Run(strategy, precision="bf16")
             result["bf16"] = run.steps(0, 2, 4)
+            result["fp8"] = Run(strategy, precision="fp8").steps(0, 4, 4)
             if strategy in COMPILED:
                 result["compiled"] = compiled_steps(strategy)
         if run.placement.is_main:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from aimv2_vlm.config import Objective, Optimizer, TextTower
+from aimv2_vlm.config import Objective, Optimizer, TextTower, UserError
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.encoder import build_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
@@ -15,6 +17,7 @@ from aimv2_vlm.models.pretraining import AIMv2ForPreTraining, encoder_flops
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective
 from aimv2_vlm.train.optim import build_optimizer, parameter_groups
+from aimv2_vlm.train.precision import convert_to_fp8
 
 PATCH, SIDE, VOCAB, CONTEXT, BATCH = 14, 56, 50, 8, 4
 NUM_PATCHES = (SIDE // PATCH) ** 2
@@ -167,3 +170,60 @@ def test_one_graph_and_no_new_one_for_other_lengths(kind):
     assert len(graphs) <= 2
     compiled = loss_of(objective, objective.sums(model, make_batch(kind, 0), torch.device("cpu")), make_batch(kind, 0))
     torch.testing.assert_close(compiled, eager[0], atol=0, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ fp8
+
+
+def gradient(model, objective, batch, bf16: bool) -> torch.Tensor:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        loss_of(objective, objective.sums(model, batch, torch.device("cpu")), batch).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", ["aimv2", "genlip", "native", "clip"])
+def test_fp8_rounds_the_blocks_products_and_nothing_else(kind):
+    """Products of 8 bits (emulated here) give nearly the gradient; weights, names and what lies outside the blocks are as before; still one graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, objective = build(kind, width=64)
+    batch, names = make_batch(kind), [name for name, _ in model.named_parameters()]
+    heads = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." not in name]
+    weights = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    exact, halved = gradient(model, objective, batch, bf16=False), gradient(model, objective, batch, bf16=True)
+    in_blocks = sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - len(heads)
+    assert heads and convert_to_fp8(model) == in_blocks > 0
+    assert [name for name, _ in model.named_parameters()] == names and not [name for name in model.state_dict() if name not in names and "position" not in name]
+    assert all(p is weights[name][0] and torch.equal(p, weights[name][1]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert all(type(model.get_submodule(name)) is torch.nn.Linear for name in heads)
+    eighth = gradient(model, objective, batch, bf16=True)
+    near, nearer = (float(torch.nn.functional.cosine_similarity(exact, other, dim=0)) for other in (eighth, halved))
+    assert 0.95 < near < 0.9985 and near < nearer
+    graphs = []
+    model.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    objective.sums(model, batch, torch.device("cpu"))
+    assert len(graphs) == 1
+
+
+def test_fp8_leaves_what_is_frozen_or_has_odd_sides():
+    model, _ = build("aimv2", width=32)
+    model.encoder.requires_grad_(False)
+    decoder = sum(isinstance(module, torch.nn.Linear) for module in model.decoder.modules())
+    assert convert_to_fp8(model) == decoder
+    assert all(type(module) is torch.nn.Linear for module in model.encoder.modules() if isinstance(module, torch.nn.Linear))
+    with pytest.raises(UserError, match="precision: fp8, but no trained linear layer of the blocks has sides that are multiples of 16; write bf16"):
+        convert_to_fp8(build("aimv2", width=24)[0])
+
+
+def test_fp8_without_its_package_or_its_arithmetic_is_refused_in_a_line(monkeypatch):
+    model, _ = build("aimv2")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchao.float8", None)
+        with pytest.raises(UserError, match=r"precision: fp8 needs torchao .*; pip install 'aimv2-vlm\[fp8\]', or write bf16"):
+            convert_to_fp8(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(UserError, match="precision: NVIDIA A100 has no 8-bit products .compute capability 8.0, needed 8.9.; write bf16"):
+        convert_to_fp8(model)

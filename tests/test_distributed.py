@@ -167,6 +167,17 @@ def test_bf16_stays_near_fp32(result, single) -> None:
         assert row["loss"] != wanted["loss"]
 
 
+@pytest.fixture(scope="module")
+def fp8() -> list[dict[str, float]]:
+    return worker.Run("single", precision="fp8").steps(0, 4, worker.BATCH)
+
+
+def test_fp8_follows_the_single_process(result, fp8) -> None:
+    """A scale is of the pictures that are computed together, so micro-batches of another size round otherwise."""
+    for row, wanted in zip(result.fp8, fp8, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-2) and row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.1)
+
+
 @pytest.mark.parametrize("strategy", worker.COMPILED)
 def test_a_compiled_model_takes_the_same_steps(strategy, out) -> None:
     """`train.compile` in bf16, inside DDP and block by block between the shards of FSDP2."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TINY_PRETRAINING, TINY_TUNING, run_cli
 from safetensors.torch import load_file
 
@@ -88,6 +89,21 @@ def test_a_key_that_is_newer_than_the_run_counts_as_its_default(scenes_root, tmp
     saved.write_text("\n".join(older), encoding="utf-8")
     refused = run_cli(*pretraining(scenes_root, out, "optim.schedule=constant"), check=False)
     assert refused.returncode == 2 and "optim.schedule: 'cosine' -> 'constant'" in refused.stderr
+
+
+def test_a_run_in_fp8_goes_on_bit_for_bit_and_leaves_ordinary_weights(scenes_root, tmp_path):
+    """Its linear layers are torch's own again in final/, and another precision does not go on from its checkpoints."""
+    keys = ["precision=fp8", "optim.steps=4", "train.validate_every=2"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    told = run_cli(*pretraining(scenes_root, whole, *keys))
+    assert "fp8: 14 linear layers of the blocks, the rest in bf16; emulated on this CPU, and slower than fp32" in told.stdout + told.stderr
+    run_cli(*pretraining(scenes_root, out, *keys, "train.stop_after=3"))
+    refused = run_cli(*pretraining(scenes_root, out, *keys, "precision=bf16"), check=False)
+    assert refused.returncode == 2 and "precision: 'fp8' -> 'bf16'" in refused.stderr
+    run_cli(*pretraining(scenes_root, out, *keys))
+    assert_same_weights(whole / "final", out / "final")
+    model = transformers.AutoModel.from_pretrained(whole / "final")
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
 
 
 def test_captions_cut_by_the_context_are_counted_across_a_stop(scenes_root, tmp_path):

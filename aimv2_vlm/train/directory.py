@@ -28,7 +28,7 @@ FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_mic
 PREPARED = ("tokenizer", "tokenizer.model", "clip_tokenizer", "metrics.jsonl")
 LOCK = ".lock"
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
-            "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes")
+            "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes", "torchao")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -128,8 +128,7 @@ class Placement:
         frozen = {p for p in model.parameters() if not p.requires_grad}
         settings = {"mesh": init_device_mesh(self.device.type, (self.world,)), "ignored_params": frozen}
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        for block in [block for blocks in lists for block in blocks]:
+        for block in blocks(model):
             if any(p.requires_grad for p in block.parameters()):
                 fully_shard(block, **settings, mp_policy=halved if self.precision == "bf16" else MixedPrecisionPolicy())
         fully_shard(model, **settings)  # without a policy: pixel targets and norms outside the blocks stay fp32
@@ -309,6 +308,11 @@ class Placement:
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a model: the elements of its ModuleLists."""
+    return [block for module in model.modules() if isinstance(module, torch.nn.ModuleList) for block in module]
 
 
 def fresh_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:

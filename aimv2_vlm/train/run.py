@@ -40,11 +40,12 @@ from aimv2_vlm.models.llava_format import load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import card, checkpoint, memory
 from aimv2_vlm.train.directory import RunDirectory, changed_keys, storage_errors
-from aimv2_vlm.train.distributed import Placement, lost_processes
+from aimv2_vlm.train.distributed import Placement, blocks, lost_processes
 from aimv2_vlm.train.loop import check_batch, check_shared_memory, global_slice, train, validate
 from aimv2_vlm.train.metrics import Progress, say
 from aimv2_vlm.train.objectives import ContrastiveObjective, GenerativeObjective, InstructionObjective, TrainingObjective
 from aimv2_vlm.train.optim import Schedule, build_optimizer, describe, parameter_groups
+from aimv2_vlm.train.precision import convert_to_fp8
 
 CAPTION_TOKENIZER, CLIP_TOKENIZER = "tokenizer.model", "clip_tokenizer"  # in the run directory
 TOKENIZER_TEXTS = 200_000  # a tokenizer trained for a run sees at most this many texts
@@ -81,6 +82,12 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
         model = seeded(recipe.seed, rebuild)
         checkpoint.check_room(directory.checkpoints, model, schedule.steps, recipe.train, placement)
         objective = pretraining_objective(recipe)
+        if recipe.precision == "fp8":
+            layers = convert_to_fp8(model)
+            if placement.is_main:
+                emulated = "" if placement.device.type == "cuda" else "; emulated on this CPU, and slower than fp32"
+                uncompiled = "" if recipe.train.compile else "; train.compile=true is what makes it faster"
+                say(f"fp8: {layers} linear layers of the blocks, the rest in bf16{emulated or uncompiled}")
         compile_model(model, recipe.train.compile, placement)
         model, optimizer = placement.place(model, partial(make_optimizer, optim=schedule.optim, placement=placement, roles=model.parameter_roles()))
         facts = data.fingerprint()
@@ -694,9 +701,8 @@ def compile_model(model: torch.nn.Module, wanted: bool, placement: Placement) ->
     if not placement.shards_weights:
         model.compile()
         return
-    for blocks in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for block in blocks:
-            block.compile()
+    for block in blocks(model):
+        block.compile()
 
 
 @contextmanager
