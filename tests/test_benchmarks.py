@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pyarrow.compute
 import pyarrow.parquet
 import pytest
-from mirrors import TEN, run_mirrors, write_mirrors
+from mirrors import TEN, picture, run_mirrors, write_mirrors
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.benchmarks import TASKS, build_prompt, find_benchmarks, read_benchmark
+from aimv2_vlm.evaluation.benchmarks import TASKS, TrainingAnswers, build_prompt, convert_val_jsonl, find_benchmarks, read_benchmark
 from aimv2_vlm.evaluation.hub_sets import CAPTION, HUB_SETS, OPTION_LETTER, SINGLE_WORD
 from aimv2_vlm.evaluation.metrics import SUBMISSION, benchmark_score, score_answers, strict_pillow
 
@@ -364,3 +364,73 @@ def test_a_whole_set_is_in_order_and_damage_shows_in_the_plan(mirrors, swept, tm
     assert run_cli("eval", "--plan", config, check=False).stdout.count("not readable as parquet") == 1
     too_many = write_config(tmp_path / "long.yaml", root, str(swept[-1] / "assistant"), benchmarks=[], shots=[0, 200])
     assert "200 shots and a question are 804 picture tokens, the decoder has 512 positions" in run_cli("eval", "--plan", too_many, check=False).stdout
+
+
+# ---------------------------------------------------------------------------------------------- one's own sets
+
+
+def own_row(**changes):
+    return {"id": "1", "image": "a.png", "question": "What?", "answers": ["red"], "metric": "exact_match", "source": "one"} | changes
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    (json.dumps(own_row(answers="red")), "line 1: answers must be a list, not 'red'"), ("7", "line 1: not JSON .no mapping."),
+    (json.dumps(own_row(source="../../escaped")), "line 1: source '../../escaped' names the set's folder; write a word without / or .."),
+])  # fmt: skip
+def test_a_row_that_cannot_be_converted_is_one_line(line, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0)["bytes"])
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=reason):
+        convert_val_jsonl(tmp_path / "rows.jsonl", tmp_path / "out")
+    (tmp_path / "rows.jsonl").write_bytes(line.encode() + b"\xe9")
+    with pytest.raises(UserError, match="cannot be read"):
+        convert_val_jsonl(tmp_path / "rows.jsonl", tmp_path / "out")
+
+
+def test_a_set_of_ones_own_is_whole_and_its_answers_are_lists(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.png").write_bytes(picture(0)["bytes"])
+    (tmp_path / "rows.jsonl").write_text(json.dumps(own_row()) + "\n")
+    (folder,) = convert_val_jsonl(tmp_path / "rows.jsonl", tmp_path / "out")
+    (file,) = (folder / "data").glob("test-*.parquet")
+    assert read_benchmark("own", folder).rows[0]["answers"] == ["red"]
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index("answers"), "answers", pyarrow.array(["red"])), file)
+    with pytest.raises(UserError, match="question 1: answers must be a list of texts, not 'red'"):
+        read_benchmark("own", folder)
+    pyarrow.parquet.write_table(table, folder / "data" / "test-00000-of-00003.parquet")
+    file.unlink()
+    with pytest.raises(UserError, match="1 of 3 parts of own; fetch the missing ones"):
+        read_benchmark("own", folder)
+    (folder / "benchmark.json").write_text("[]")
+    with pytest.raises(UserError, match="benchmark.json: not a mapping with the key metric"):
+        read_benchmark("own", folder)
+
+
+def test_a_source_that_the_file_no_longer_has_is_no_set_any_more(tmp_path):
+    from aimv2_vlm.evaluation.sweep import _convert_once
+
+    (tmp_path / "a.png").write_bytes(picture(0)["bytes"])
+    for sources in (["one", "two"], ["two"]):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(own_row(source=source)) + "\n" for source in sources))
+        _convert_once(tmp_path / "rows.jsonl", tmp_path / "set", lambda line: None)
+        assert sorted(path.name for path in (tmp_path / "set").iterdir() if path.is_dir()) == sources
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b'["a", "b"]', "has no row with conversations"), (b'{"conversations": []}', "has no row with conversations"), (b'[{"messages": []}]', "has no row with conversations"),
+    (b'[{"conversations": [{"from": "human", "value": "caf\xe9"}]}]', "cannot be read"),
+])  # fmt: skip
+def test_tuning_rows_that_say_nothing_are_one_line(content, reason, tmp_path):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        TrainingAnswers([tmp_path / "rows.json"])
+
+
+def test_tuning_rows_of_other_forms_are_passed_over(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    listed = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "blue"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": listed}, "text", {"conversations": turns}]))
+    assert list(TrainingAnswers([tmp_path / "rows.json"])._answers.values()) == [["red"]]

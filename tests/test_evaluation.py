@@ -684,6 +684,7 @@ def test_a_changed_checkpoint_runs_again_and_replaces_its_rows(finished, tmp_pat
     status, events = sweep(replace(finished.config, out=str(out), models=models))
     rows = comparable(out / "ledger.jsonl")
     assert status == 0 and "6 finished before, 6 to run" in events[0] and len(rows) == 12
+    assert events[1] == ("6 rows are of another checkpoint, data or setting and stand until their successors are finished: one / set/captions, one / set/words")
     assert len({row["model_digest"] for row in rows if row["model"] == "one"}) == 1
     assert {row["model_digest"] for row in rows} != {row["model_digest"] for row in finished.rows}
 
@@ -751,11 +752,56 @@ def test_controls_of_an_older_checkpoint_do_not_stay_beside_a_new_score(finished
     assert [row for row in rows if row["model"] == "two"] == [row for row in finished.rows if row["model"] == "two"]
 
 
-def test_a_checkpoint_that_is_not_there_keeps_its_rows(finished, tmp_path):
+@pytest.mark.parametrize("path", ["/unmounted/one", "runs/one"])
+def test_a_checkpoint_that_is_not_there_keeps_its_rows(finished, tmp_path, path, monkeypatch):
+    """Also one whose path may be a name on the hub."""
+    monkeypatch.chdir(tmp_path)
     out = shutil.copytree(finished.out, tmp_path / "again")
-    config = replace(finished.config, out=str(out), models=[EvalModel(str(tmp_path / "unmounted"), "one")])
-    status, lines = sweep(config)
-    assert status == 1 and comparable(out / "ledger.jsonl") == finished.rows and any("no checkpoint here" in line for line in lines)
+    config = replace(finished.config, out=str(out), models=[EvalModel(path, "one")])
+    status, _ = sweep(config)
+    assert status == 1 and comparable(out / "ledger.jsonl") == finished.rows and path in (out / "failed.jsonl").read_text()
+
+
+def test_rows_stand_until_those_that_follow_them_are_there(finished, tmp_path, monkeypatch):
+    """A quick look at a few questions that fails in the middle: the whole rows it has not got to are still there."""
+    from aimv2_vlm.evaluation import sweep as module
+
+    out, run = shutil.copytree(finished.out, tmp_path / "again"), module._run_cell
+
+    def fails_at_captions(cell, *rest):
+        if cell.benchmark.name == "set/captions":
+            raise RuntimeError("out of memory")
+        return run(cell, *rest)
+
+    monkeypatch.setattr(module, "_run_cell", fails_at_captions)
+    status, _ = sweep(replace(finished.config, out=str(out), models=finished.config.models[:1], limit=2))
+    rows = comparable(out / "ledger.jsonl")
+    of = lambda rows, name: [row for row in rows if (row["model"], row["benchmark"]) == ("one", name)]  # noqa: E731
+    assert status == 1 and of(rows, "set/captions") == of(finished.rows, "set/captions")
+    assert [row["num_questions"] for row in of(rows, "set/words")] == [2, 2, 2]
+
+
+def test_an_evaluation_of_another_kind_does_not_take_the_place_of_a_row(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "again")
+    rows = comparable(out / "ledger.jsonl")
+    (out / "ledger.jsonl").write_text("".join(json.dumps(row | {"kind": "probing"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="holds one / set/.* from an evaluation of kind probing; choose another out="):
+        sweep(replace(finished.config, out=str(out)))
+    assert len(comparable(out / "ledger.jsonl")) == len(rows)
+
+
+def test_a_sweep_removes_nothing_that_it_did_not_write(assistants, benchmark_root, tmp_path):
+    from aimv2_vlm.evaluation.sweep import evaluate
+
+    kept = [tmp_path / name for name in ("work/my_photos/a.jpg", "samples/mine.jsonl", "notes.txt")]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    config = make_config(tmp_path, benchmark_root, {"one": assistants[1]}, benchmarks=["set/words"], controls=[], limit=2)
+    with pytest.raises(UserError, match="models: empty"):
+        evaluate(replace(config, models=[]), restart=True)
+    assert evaluate(config) == evaluate(config, restart=True) == 0 and all(file.exists() for file in kept)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["my_photos"]
 
 
 def test_a_checkpoint_is_known_by_its_adapter_too(tmp_path):
@@ -824,9 +870,9 @@ def test_evaluate_writes_the_report_and_restart_forgets(assistants, benchmark_ro
         tmp_path, benchmark_root, {"one": assistants[1]}, benchmarks=["set/words"], controls=[], limit=3
     )
     assert evaluate(config) == 0 and "set/words" in (tmp_path / "report.html").read_text()
-    (tmp_path / "samples" / "old.jsonl").touch()
-    assert evaluate(config, restart=True) == 0 and not (tmp_path / "samples" / "old.jsonl").exists()
-    assert comparable(tmp_path / "ledger.jsonl")[0]["num_questions"] == 3
+    before = comparable(tmp_path / "ledger.jsonl")[0]
+    assert evaluate(replace(config, limit=2), restart=True) == 0 and not (tmp_path / before["samples"]).exists()
+    assert [row["num_questions"] for row in comparable(tmp_path / "ledger.jsonl")] == [2]
 
 
 def test_two_different_sweeps_into_one_folder_are_refused(finished, monkeypatch):

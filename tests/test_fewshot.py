@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_shuffled_answers_leave_none_in_its_place_and_pictureless_shots_keep_the
     assert answers[1] == answers[0][1:] + answers[0][:1]
     assert pictureless["before"] == plain["before"] and pictureless["pictures"] == () and sum(pictureless["places"]) == 0
     assert [p.key for p in shuffled["pictures"]] == [p.key for p in plain["pictures"]]
+
+
+def test_answers_go_round_by_as_much_as_moves_the_most_and_one_alone_is_no_control(mirrors, tmp_path):
+    from aimv2_vlm.config import EvalConfig
+    from aimv2_vlm.evaluation.sweep import _arms
+
+    benchmark = with_shots(opened(mirrors, "aimv2_gqa_val"), 4, 0, 4, tmp_path, published=False)
+    for answers, wanted in ((["yes", "yes", "no", "no"], ["no", "no", "yes", "yes"]), (["yes", "yes", "yes", "2"], ["yes", "yes", "2", "yes"])):
+        given = replace(benchmark, shots=[replace(shot, answer=answer) for shot, answer in zip(benchmark.shots, answers, strict=True)])
+        assert [text for role, text in earlier_turns(given, "shuffled_answers")["before"] if role == "assistant"] == wanted
+    assert _arms(EvalConfig(), benchmark) == [None, "shuffled_answers", "shots_without_pictures"]
+    assert _arms(EvalConfig(), replace(benchmark, shots=benchmark.shots[:1])) == [None, "shots_without_pictures"]
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,15 @@ def test_option_letters_are_found_where_an_answer_names_one(prediction, letter):
     assert metrics.option_letter(prediction, ["dog", "cat", "red", "blue"]) == letter
 
 
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [("The answer is a dog", "B"), ("The answer is a dog.", "B"), ("A Dog", "B"), ("a cat", "A"), ("The answer is a", "A"), ("The answer is A.", "A"),
+     ("The correct answer is option b because", "B"), ("The answer is a bird", ""), ("A because", ""), ("A", "A"), ("B a cat", "B")],
+)  # fmt: skip
+def test_an_article_before_an_option_is_no_letter(prediction, letter):
+    assert metrics.option_letter(prediction, ["a cat", "A dog"]) == letter
+
+
 def test_intervals_hold_the_mean_and_grow_when_pictures_repeat_questions():
     generator = np.random.default_rng(0)
     per_picture = generator.random(60) < 0.5

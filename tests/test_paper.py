@@ -54,6 +54,20 @@ def test_probes_are_compared_in_the_papers_way():
     assert found.table.name == "Table 3" and cell.score == 96.0 and cell.delta == pytest.approx(-0.3) and "chosen on train 95.0" in cell.note
 
 
+@pytest.mark.parametrize(("model", "benchmark", "more", "words"), [
+    ("AIMv2-L", "pets", {"kind": "probing", "best_on_test": None}, "chosen on train, the paper's on test"),
+    ("AIMv2-L", "pets", {"kind": "probing", "best_on_test": {"score": 96.0}, "augment": "none"}, "augmentation: none"),
+    ("AIMv2-L LiT", "imagenet-1k", {"kind": "zero_shot", "templates": ["a {}"]}, "templates: 1, the paper's are not stated"),
+    ("AIMv2 L", "aimv2_gqa_val", {"tiling": "3x3"}, "tiled: 3x3"), ("AIMv2 L", "aimv2_gqa_val", {"source_size": 112}, "pictures reduced to 112 px"),
+    ("AIMv2 L", "aimv2_gqa_val", {"num_cut": 1200, "max_new_tokens": 1}, "1,200 answers cut at 1 tokens"),
+    ("AIMv2 L", "aimv2_gqa_val", {"tiling": "1x1", "source_size": None, "num_cut": 0}, ""),
+])  # fmt: skip
+def test_what_was_not_done_as_in_the_paper_stands_beside_the_number(model, benchmark, more, words):
+    (found,) = [beside for beside in beside_the_paper([row(model, benchmark, 60.0, **more)]) if model in beside.ours]
+    (cell,) = [cell for cell in found.ours[model] if cell is not None]
+    assert cell.delta is not None and (words in cell.note if words else cell.note == "")
+
+
 def test_in_context_means_need_all_eight_benchmarks():
     rows = [row("AIMv2 L", name, 30.0 + i) for i, name in enumerate(IN_CONTEXT)] + [row("AIMv2 L", f"{name}_4shot", 60.0, shots=4) for name in IN_CONTEXT[:7]]
     (table,) = [b for b in beside_the_paper(rows) if b.table.name == "Table 8"]

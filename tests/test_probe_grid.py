@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import run_cli
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_probe import COLORS, SIZE, WIDTH, a_recipe, colors, encoder_path, picture, write_folder  # noqa: F401  (fixtures)
 
 from aimv2_vlm.config import LabelledData, Optimizer, UserError
@@ -378,3 +379,32 @@ def test_two_processes_probe_as_one(encoder_path, tmp_path):  # noqa: F811
     assert chosen_one["selected"]["loss"] == pytest.approx(chosen_two["selected"]["loss"], rel=1e-5)
     assert len(losses_one) == len(losses_two) == 12
     torch.testing.assert_close(torch.tensor(losses_one), torch.tensor(losses_two), rtol=2e-6, atol=2e-6)
+
+
+def test_a_named_set_has_its_own_splits_and_the_column_that_was_asked_for(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write_folder(tmp_path / "one", {"train": 1, "test": 1})
+    content = next((tmp_path / "one").rglob("*.png")).read_bytes()
+    root = tmp_path / "cifar"
+    root.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"img": [content], "fine_label": ["7"], "coarse_label": ["2"]}), root / "test-00000-of-00001.parquet")
+    assert read_split(LabelledData(str(root), name="cifar-100"), "test")[0].label == "7"
+    assert read_split(LabelledData(str(root), name="cifar-100", label_column="coarse_label"), "test")[0].label == "2"
+    with pytest.raises(UserError, match="data.test: 'validation', but cifar-100 has its own splits; remove the key, or data.name"):
+        read_split(LabelledData(str(root), name="cifar-100", test="validation"), "validation")
+    (root / "test-00000-of-00001.parquet").rename(root / "test-00000-of-00002.parquet")
+    with pytest.raises(UserError, match="1 of 2 parts of split 'test'; fetch the missing ones"):
+        read_split(LabelledData(str(root), name="cifar-100"), "test")
+
+
+def test_a_finished_probe_of_other_weights_is_not_reported(encoder_path, colors, tmp_path):  # noqa: F811
+    encoder = shutil.copytree(encoder_path, tmp_path / "encoder")
+    recipe = a_recipe(encoder, colors, tmp_path / "out", lr=1e-2)
+    result = probing.probe(recipe)
+    assert probing.probe(recipe) == result
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, encoder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="finished with other weights of .*; bring them back, choose another out=, or begin anew with --restart"):
+        probing.probe(recipe)

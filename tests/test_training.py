@@ -180,6 +180,15 @@ def test_a_changed_recipe_is_refused_naming_the_keys_and_restart_begins_anew(und
     assert (out / "final").exists()
 
 
+def test_restart_removes_no_folder_that_is_no_run(scenes_root, tmp_path):
+    thesis = tmp_path / "home" / "thesis" / "draft.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    refused = run_cli(*pretraining(scenes_root, tmp_path / "home"), "--restart", check=False)
+    assert refused.returncode == 2 and thesis.exists()
+    assert "--restart removes what a run left, but this folder holds thesis and no recipe.yaml of a run; choose another out=, or empty it" in refused.stderr
+
+
 def test_changed_data_is_refused_naming_the_shard(scenes_root, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scenes_root / "shards", data / "shards")

@@ -175,6 +175,12 @@ def test_templates_and_names_are_checked(tmp_path):
     assert zeroshot.read_class_names(None, ["apple_pie"]) == {"apple_pie": "apple pie"}
     (tmp_path / "list.json").write_text('["goldfish", "tench"]')
     assert zeroshot.read_class_names(str(tmp_path / "list.json"), ["n01", "n02"]) == {"n01": "goldfish", "n02": "tench"}
+    # the first of a list is the first number, not the first word
+    (tmp_path / "twelve.json").write_text(json.dumps([f"name of {i}" for i in range(12)]))
+    assert zeroshot.read_class_names(str(tmp_path / "twelve.json"), sorted(map(str, range(12)))) == {str(i): f"name of {i}" for i in range(12)}
+    for wordless in ("17", "n01440764"):
+        with pytest.raises(UserError, match=f"class_names: null, but {wordless} of the classes says nothing to a text tower; give a file"):
+            zeroshot.read_class_names(None, ["apple_pie", wordless])
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "captions": []}\n')
     for call, word in ((lambda: zeroshot.read_templates(["a photo"]), "holds no {}"), (lambda: zeroshot.read_templates([]), "templates"),
                        (lambda: zeroshot.read_class_names(str(tmp_path / "names.txt"), ["n09"]), "no name for n09"),

@@ -20,7 +20,7 @@ from aimv2_vlm.config import LabelledData, ProbeAugmentation, UserError
 from aimv2_vlm.data.augmentation import AugmentedTransform
 from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.order import Order, combine, draws
-from aimv2_vlm.data.recognition import Row, find_split, split_differs
+from aimv2_vlm.data.recognition import Row, check_parts, find_split, split_differs
 from aimv2_vlm.data.shards import IMAGE_EXTENSIONS
 from aimv2_vlm.data.transforms import MAX_BYTES, BadImage, EvalTransform, TrainTransform, decode_image
 
@@ -102,6 +102,8 @@ def _find(data: LabelledData, split: str) -> tuple[list[Row] | tuple[Path, ...],
         there = [p.name for p in sorted(root.iterdir()) if p.is_dir()] if root.is_dir() else []
         raise UserError(f"{root}: no split '{split}' (neither {split}/<class>/* nor {split}-*.parquet)"
                         f"{'; folders there: ' + ', '.join(there[:8]) if there else ''}; set data.path, data.train or data.test")
+    if not place.is_file():
+        check_parts(f"split '{split}'", files)
     return tuple(files), data
 
 

@@ -10,7 +10,9 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ def find_split(data: LabelledData, split: str) -> tuple[list[Row] | None, Labell
     """How the split ("train" or "test") of the named set lies below `data.path`: (its rows, -, -) in its own layout, else
     (None, keys, split name) to read it as a folder or parquet by. Raises UserError where it is not there."""
     about, root = find_data_set(data.name), Path(data.path)
+    if (other := next((key for key in ("train", "test") if getattr(data, key) != getattr(LabelledData(), key)), None)) is not None:
+        raise UserError(f"data.{other}: {getattr(data, other)!r}, but {data.name} has its own splits; remove the key, or data.name")
     if about.own is not None and (rows := about.own(root, split)) is not None:
         if not rows:
             raise UserError(f"{root}: {data.name}'s {split} split names no picture")
@@ -78,10 +82,25 @@ def _columns(data: LabelledData, about: DataSet, file: Path) -> LabelledData:
 
     present = pyarrow.parquet.read_schema(file).names
     data = copy.copy(data)
-    data.image_column = next((c for c in about.image_columns if c in present), data.image_column)
-    data.label_column = next((c for c in about.label_columns if c in present), data.label_column)
+    for key, known in (("image_column", about.image_columns), ("label_column", about.label_columns)):
+        if getattr(data, key) == getattr(LabelledData(), key):  # another one was asked for
+            setattr(data, key, next((column for column in known if column in present), getattr(data, key)))
     data.where = {c: v for c, v in about.where.items() if c in present} | data.where
     return data
+
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})")
+
+
+def check_parts(what: str, files: Sequence[Path]) -> None:
+    """A set in parts (`…-00000-of-00003.parquet`) is whole: each part once, none missing. Raises UserError."""
+    parts = [found.groups() for found in (_PART.search(file.name) for file in files) if found]
+    totals = {total for _, total in parts}
+    if len(totals) > 1 or len(set(parts)) < len(parts):
+        twice = Counter(part for part, _ in parts).most_common(1)[0][0]
+        raise UserError(f"{files[0].parent}: part {twice} of {what} lies there more than once (two uploads?); keep one of each")
+    if parts and len(parts) < int(parts[0][1]):
+        raise UserError(f"{files[0].parent}: {len(parts)} of {int(parts[0][1])} parts of {what}; fetch the missing ones")
 
 
 def split_differs(name: str, train: int, test: int, classes: int) -> str:

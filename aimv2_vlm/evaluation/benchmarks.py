@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from aimv2_vlm.config import UserError
+from aimv2_vlm.data.recognition import check_parts
 from aimv2_vlm.evaluation.hub_sets import (
     HUB_SETS,
     OPTION_LETTER,
@@ -191,7 +192,7 @@ def check_mirror(hub_set: HubSet, folder: Path) -> int:
         files = sorted(folder.glob(pattern))
         if not files:
             raise UserError(f"{folder}: no {pattern}; {hub_set.name} needs these files of {hub_set.hub}")
-        _check_parts(hub_set, files)
+        check_parts(hub_set.hub, files)
         for file in files:
             try:
                 with pyarrow.parquet.ParquetFile(file) as parquet:
@@ -200,20 +201,6 @@ def check_mirror(hub_set: HubSet, folder: Path) -> int:
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise UserError(f"{file}: not readable as parquet ({str(error).splitlines()[0]})") from None
     return total
-
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})")
-
-
-def _check_parts(hub_set: HubSet, files: Sequence[Path]) -> None:
-    """A set uploaded in parts is whole: each part once, none missing."""
-    parts = [found.groups() for found in (_PART.search(file.name) for file in files) if found]
-    totals = {total for _, total in parts}
-    if len(totals) > 1 or len(set(parts)) < len(parts):
-        twice = Counter(part for part, _ in parts).most_common(1)[0][0]
-        raise UserError(f"{files[0].parent}: part {twice} of {hub_set.hub} lies there more than once (two uploads?); keep one of each")
-    if parts and len(parts) < int(parts[0][1]):
-        raise UserError(f"{files[0].parent}: {len(parts)} of {int(parts[0][1])} parts of {hub_set.hub}; fetch the missing ones")
 
 
 def _check_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -> None:
@@ -269,6 +256,8 @@ def _check_questions(folder: Path, metric: str, rows: Sequence[Mapping[str, Any]
     if twice:
         raise UserError(f"{folder}: {len(twice)} question ids occur more than once, for instance {twice[0]}")
     for row in rows:
+        if not isinstance(row["answers"], list) or not all(isinstance(answer, str) for answer in row["answers"]):
+            raise UserError(f"{folder}: question {row['id']}: answers must be a list of texts, not {row['answers']!r}")
         if metric != SUBMISSION and not row["answers"] or (metric in LETTER_METRICS and not row["answer_letter"]):
             raise UserError(f"{folder}: question {row['id']} has no answer for the metric {metric}")
     if metric == "mme":
@@ -294,6 +283,8 @@ def read_benchmark(name: str, folder: str | Path) -> Benchmark:
             declared = json.loads(card.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{card}: not JSON ({error})") from None
+        if not isinstance(declared, dict):
+            raise UserError(f"{card}: not a mapping with the key metric")
     else:
         declared = _shipped_task(name)
         if declared is None:
@@ -306,6 +297,7 @@ def read_benchmark(name: str, folder: str | Path) -> Benchmark:
     files = sorted((folder / "data").glob(f"{split}-*.parquet"))
     if not files:
         raise UserError(f"{folder / 'data'}: no {split}-*.parquet")
+    check_parts(name, files)
     digest, rows = _digest_files(files), []
     for file in files:
         try:
@@ -387,17 +379,21 @@ class TrainingAnswers:
     def _read(self, file: Path) -> None:
         try:
             text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"train_conversations: {file} cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"train_conversations: {file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
         self._digest.update(text.encode())
         try:
             jsonl = file.suffix == ".jsonl"
             rows = [json.loads(line) for line in text.splitlines() if line.strip()] if jsonl else json.loads(text)
         except ValueError as error:
             raise UserError(f"train_conversations: {file} is not JSON ({error})") from None
-        for row in rows:
+        if not isinstance(rows, list) or not any(isinstance(row, dict) and isinstance(row.get("conversations"), list) for row in rows):
+            raise UserError(f"train_conversations: {file} has no row with conversations")
+        for row in rows:  # what cannot be tuned on teaches no answer
+            turns = row.get("conversations") if isinstance(row, dict) else None
             turns = [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or "")
-                     for turn in row.get("conversations", [])]  # fmt: skip
+                     for turn in (turns if isinstance(turns, list) else []) if isinstance(turn, dict)]
+            turns = [(speaker, text) for speaker, text in turns if isinstance(text, str)]
             for (speaker, question), (answerer, answer) in itertools.pairwise(turns):
                 if speaker in ("human", "user") and answerer in ("gpt", "assistant") and answer.strip():
                     self._answers[_bare(question)].append(answer.strip())
@@ -465,19 +461,25 @@ def convert_val_jsonl(jsonl: str | Path, out_dir: str | Path, image_root: str | 
     image_root = Path(image_root) if image_root is not None else jsonl.parent
     try:
         lines = jsonl.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"convert: {jsonl} cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"convert: {jsonl} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no mapping")
             missing = [key for key in ("id", "image", "question", "answers", "metric", "source") if key not in row]
         except ValueError as error:
             raise UserError(f"{jsonl}, line {number}: not JSON ({error})") from None
         if missing:
             raise UserError(f"{jsonl}, line {number}: {', '.join(missing)} missing")
+        if not isinstance(row["answers"], list):
+            raise UserError(f"{jsonl}, line {number}: answers must be a list, not {row['answers']!r}")
+        if not isinstance(row["source"], str) or Path(row["source"]).name != row["source"]:
+            raise UserError(f"{jsonl}, line {number}: source {row['source']!r} names the set's folder; write a word without / or ..")
         if row["metric"] not in METRIC_NAMES:
             near = difflib.get_close_matches(row["metric"], METRIC_NAMES, n=1, cutoff=0.0)[0]
             raise UserError(f"{jsonl}, line {number}: metric {row['metric']!r} is not known; nearest: {near}")

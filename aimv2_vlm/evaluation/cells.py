@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_vlm.config import UserError
-from aimv2_vlm.evaluation.sweep import digest_checkpoint, failure, is_missing, names_of, read_ledger, write_rows
+from aimv2_vlm.evaluation.sweep import announce_superseded, digest_checkpoint, failure, forget, is_missing, names_of, read_ledger, superseded, write_rows
 from aimv2_vlm.train.directory import acquire_lock, versions
 from aimv2_vlm.train.distributed import Placement
 from aimv2_vlm.train.loop import Stopped
@@ -61,11 +61,11 @@ def check_names(models: Sequence[Any], data_sets: Sequence[Any], out: str | None
 
 
 def run_cells(
-    out: str, cells: Sequence[Cell], run: Callable[[Cell], dict[str, Any]], placement: Placement, restart: bool = False
+    out: str, cells: Sequence[Cell], run: Callable[[Cell], dict[str, Any]], placement: Placement, kind: str, restart: bool = False
 ) -> int:
     """Run every cell that `<out>/ledger.jsonl` does not hold; `run` returns a row's own columns (score and interval in points).
 
-    Rows of these cells from other checkpoints, data or settings are taken out. What fails stands in `failed.jsonl` and is tried again
+    Rows of these cells from other checkpoints, data or settings stand until their successors are finished. What fails stands in `failed.jsonl` and is tried again
     by the same command; a model or data set that is not there fails, and its rows stay. A collective call: all processes run each
     cell, the main one writes, `report.html` and `report.md` too. Returns 0 when every cell is finished and complete.
     """
@@ -79,10 +79,11 @@ def run_cells(
     if placement.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         lock = acquire_lock(folder)
-        keys = {(cell.model, cell.benchmark): cell.key for cell in cells}
-        rows = [] if restart else read_ledger(ledger, repair=True)
-        done = [row for row in rows if keys.get((row["model"], row["benchmark"]), row["key"]) == row["key"]]
-        write_rows(ledger, done)
+        if restart:
+            forget(folder)
+        done = read_ledger(ledger, repair=True)
+        if old := superseded(done, {(cell.model, cell.benchmark): {cell.key} for cell in cells}, kind, ledger):
+            say(announce_superseded(old))
     try:
         for cell in unknown:
             failures.append(_failed(cell, cell.depends, placement))
@@ -99,7 +100,9 @@ def run_cells(
                 failures.append(_failed(cell, error, placement))
                 continue
             if placement.is_main:
-                done.append({"key": cell.key, "model": cell.model, "benchmark": cell.benchmark, "control": None} | columns
+                old = superseded(done, {(cell.model, cell.benchmark): {cell.key}}, kind, ledger)
+                done = [row for row in done if row not in old and row["key"] != cell.key]
+                done.append({"key": cell.key, "model": cell.model, "benchmark": cell.benchmark, "kind": kind, "control": None} | columns
                             | {"versions": versions(), "seconds": (seconds := round(time.monotonic() - started, 1))})
                 done.sort(key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
                 write_rows(ledger, done)

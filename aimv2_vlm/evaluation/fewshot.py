@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,8 @@ def read_shots(path: Path, benchmark: Benchmark) -> list[Shot]:
 def earlier_turns(benchmark: Benchmark, control: str | None) -> Mapping[str, Any]:
     """What `generation.Question` needs of the shots: `before` (role, text), `pictures`, `places`; {} without shots.
 
-    `shuffled_answers`: the answers go round by one place, so that none stays where it belongs. `shots_without_pictures`: text alone.
+    `shuffled_answers`: the answers go round, by as many places as leave the fewest beside a question that they answer too (of yes and no some stay).
+    `shots_without_pictures`: text alone.
     """
     from aimv2_vlm.evaluation.generation import Picture, open_picture
 
@@ -312,7 +314,8 @@ def earlier_turns(benchmark: Benchmark, control: str | None) -> Mapping[str, Any
         return {}
     answers = [shot.answer for shot in shots]
     if control == "shuffled_answers":
-        answers = answers[1:] + answers[:1]
+        turns = [answers[by:] + answers[:by] for by in range(1, len(answers))]
+        answers = min(turns, key=lambda turned: sum(map(operator.eq, turned, answers)), default=answers)
     before: list[tuple[str, str]] = []
     for shot, answer in zip(shots, answers, strict=True):
         before += [("user", build_prompt(shot.question, shot.options, benchmark.prompt_suffix)), ("assistant", answer)]

@@ -147,19 +147,27 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float =
 
 def option_letter(prediction: str, options: Sequence[str] = ()) -> str:
     """The letter an answer names: "B", "(b)", "B. a cat", "The answer is B", or the text of one option; "" if none."""
-    letters = string.ascii_uppercase[: len(options)] if options else string.ascii_uppercase
     text = prediction.strip()
+    named = re.finditer(r"\b(?:answer|option|choice)\s*(?:is)?\s*:?\s*(?=(.+))", text, flags=re.IGNORECASE | re.DOTALL)
+    return _leading_option(text, options) or next((letter for found in named if (letter := _leading_option(found[1], options, named=True))), "")
+
+
+def _leading_option(text: str, options: Sequence[str], named: bool = False) -> str:
+    """The option that a text begins with or is. `named`: the text follows "the answer is"."""
+    letters = string.ascii_uppercase[: len(options)] if options else string.ascii_uppercase
     found = re.match(r"^\W*([A-Za-z])(?![\w'])", text)
     # A leading article ("a cat") is no letter: a lower-case one counts only when it stands alone or is marked off.
     alone = re.fullmatch(r"\W*\w\W*", text) or re.match(r"^\W*\w\s*[.):]", text)
     article = re.match(r"^[Aa]\s+[a-z]", text)
-    if found and found[1].upper() in letters and (alone or found[1].isupper()) and not article:
+    known = found is not None and found[1].upper() in letters
+    if known and alone:
         return found[1].upper()
     for letter, option in zip(letters, options, strict=False):
-        if exact_match(text, [option]):
+        if exact_match(text, [option]) or named and exact_match(text.rstrip(" ."), [option]):
             return letter
-    named = re.search(r"\b(?:answer|option|choice)\s*(?:is)?\s*:?\s*\(?([A-Za-z])\b", text, flags=re.IGNORECASE)
-    return named[1].upper() if named and named[1].upper() in letters else ""
+    if known and not article and (found[1].isupper() or named and found[1] != "a"):
+        return found[1].upper()
+    return ""
 
 
 def option_accuracy(prediction: str, letter: str, options: Sequence[str] = ()) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from aimv2_vlm.config import ProbeAugmentation
 from aimv2_vlm.evaluation.comparison import in_context_averages, without_shots
 from aimv2_vlm.evaluation.hub_sets import HUB_SETS
 
@@ -93,14 +94,27 @@ def _by_benchmark(rows: Iterable[Mapping[str, Any]], table: Table) -> dict[str, 
     scores: dict[str, dict[str, Cell]] = {}
     for row in rows:
         if row["benchmark"] in table.columns and row.get("kind", "benchmarks") in table.kinds:
-            scores.setdefault(row["model"], {})[row["benchmark"]] = _cell(row)
+            scores.setdefault(row["model"], {})[row["benchmark"]] = _cell(row, table)
     return scores
 
 
-def _cell(row: Mapping[str, Any]) -> Cell:
+def _cell(row: Mapping[str, Any], table: Table) -> Cell:
+    """A score with all that was not done as the paper does it."""
     notes = [] if row.get("complete", True) else [f"{row.get('num_errors', 0)} errors"]
     if row.get("tiling_override"):
         notes.append("not the grid it was tuned with")
+    if table.name == "Table 7" and not str(row.get("tiling") or "one view").startswith(("one view", "1x1")):  # the paper's: one view
+        notes.append(f"tiled: {row['tiling']}")
+    if row.get("source_size"):
+        notes.append(f"pictures reduced to {row['source_size']} px")
+    if row.get("num_cut"):
+        notes.append(f"{row['num_cut']:,} answers cut at {row['max_new_tokens']} tokens")
+    if row.get("templates"):
+        notes.append(f"templates: {len(row['templates'])}, the paper's are not stated")
+    if row.get("augment") not in (None, ProbeAugmentation().policy):
+        notes.append(f"augmentation: {row['augment']}")
+    if row.get("kind") == "probing" and not row.get("best_on_test"):
+        notes.append("chosen on train, the paper's on test")
     score, interval = row["score"], tuple(row["interval"]) if row.get("interval") else None
     if row.get("best_on_test"):  # what the paper prints; the interval belongs to the point that train chose
         score, interval = row["best_on_test"]["score"], None

@@ -139,7 +139,7 @@ def evaluate(config: ProbingConfig, restart: bool = False) -> int:
         return ledger_columns(best_of(recipe, config.lrs, config.weight_decays, restart, config.best_on_test), recipe, placement)
 
     with storage_errors(config.out):
-        return run_cells(config.out, list(recipe_of), run, placement, restart)
+        return run_cells(config.out, list(recipe_of), run, placement, "probing", restart)
 
 
 def _cell_recipe(config: ProbingConfig, model: ProbedModel, data: ProbedData) -> ProbeRecipe:
@@ -160,7 +160,7 @@ def ledger_columns(result: dict[str, Any], recipe: ProbeRecipe, placement: Place
     """A ledger row's columns from what `best_of` returned; shares in points."""
     chosen, best = result["selected"], result.get("best_on_test")
     return {
-        "kind": "probing", "metric": "top-1", "split": recipe.data.test, "score": round(100 * chosen["accuracy"], 4),
+        "metric": "top-1", "split": recipe.data.test, "score": round(100 * chosen["accuracy"], 4),
         "interval": [round(100 * chosen[side], 4) for side in ("low", "high")], "num_questions": chosen["num_samples"],
         "num_errors": chosen["num_bad"], "complete": not chosen["num_bad"], "selection_score": round(100 * max(one["accuracy"] for one in result["selection"]), 4),
         "lr": chosen["lr"], "weight_decay": chosen["weight_decay"],
@@ -234,6 +234,9 @@ def _train_and_judge(recipe: ProbeRecipe, restart: bool, shared: dict[str, Any],
             directory.close()
         found = json.loads((Path(recipe.out) / "result.json").read_text(encoding="utf-8"))
         results = found["points"] if recipe.grid else [found]
+        if Path(recipe.encoder.path).expanduser().is_dir() and results[0]["encoder_digest"] != (now := digest_checkpoint(recipe.encoder.path)):
+            raise UserError(f"{recipe.out}: finished with other weights of {recipe.encoder.path} ({results[0]['encoder_digest']} -> {now}); bring them "
+                            "back, choose another out=, or begin anew with --restart")
         if placement.is_main:
             best = max(results, key=lambda one: one["accuracy"])
             of = f" (best of {len(results)})" if len(results) > 1 else ""

@@ -228,8 +228,9 @@ def _try_again(out: Path) -> None:
 def _clean_up(out: Path) -> None:
     """Removes what only a running sweep needs; a cell with errors keeps its good answers for the same command."""
     incomplete = {row["key"] for row in read_ledger(out / "ledger.jsonl") if not row.get("complete", True)}
-    for entry in [*(out / "work").glob("*"), *(out / "work" / "answers").glob("*")]:
-        if entry.name != "answers" and not (entry.parent.name == "answers" and entry.name.partition("_")[0] in incomplete):
+    own = [entry for pattern in ("failed", "again", "datasets", "tasks_*") for entry in (out / "work").glob(pattern)]
+    for entry in [*own, *(out / "work" / "answers").glob("*")]:
+        if not (entry.parent.name == "answers" and entry.name.partition("_")[0] in incomplete):
             shutil.rmtree(entry, ignore_errors=True)
     for folder in (out / "work" / "answers", out / "work"):
         with contextlib.suppress(OSError):  # not empty, or not there
@@ -302,12 +303,12 @@ def evaluate(config: Any, restart: bool = False) -> int:
     """
     from aimv2_vlm.evaluation.report import write_report
 
-    out = Path(config.out or "")
+    check_config(config)
+    out = Path(config.out)
     if restart and out.is_dir():
         with _locked(out):
-            (out / "ledger.jsonl").unlink(missing_ok=True)
-            for folder in ("samples", "work"):
-                shutil.rmtree(out / folder, ignore_errors=True)
+            forget(out)
+            shutil.rmtree(out / "work" / "answers", ignore_errors=True)
     status = run_sweep(config)
     if int(os.environ.get("RANK", "0")) == 0:
         from aimv2_vlm.evaluation.comparison import write_comparisons
@@ -317,6 +318,14 @@ def evaluate(config: Any, restart: bool = False) -> int:
             _write_cards(config, out)
         print(f"report: {write_report(out / 'report.html', runs={}, eval_dir=out, title=out.name)}")
     return status
+
+
+def forget(out: Path) -> None:
+    """Removes the rows of `out`'s ledger and their samples, and nothing else."""
+    for row in read_ledger(out / "ledger.jsonl", repair=True):
+        if row.get("samples") and (out / row["samples"]).resolve().is_relative_to(out.resolve()):
+            (out / row["samples"]).unlink(missing_ok=True)
+    (out / "ledger.jsonl").unlink(missing_ok=True)
 
 
 def _write_cards(config: Any, out: Path) -> None:
@@ -329,16 +338,8 @@ def _write_cards(config: Any, out: Path) -> None:
             print(f"model card: {add_scores(model.path, mine)}")
 
 
-def run_sweep(config: Any, progress: Progress | None = None) -> int:
-    """Runs every cell that the ledger in `config.out` does not hold yet.
-
-    Returns 0 when every cell of the config is finished and complete, else 1: some cell failed (`failed.jsonl`), or
-    some question got no answer (`num_errors` of its row). `progress` gets one plain line an event; default: stdout.
-
-    Processes that are started with the same config (`processes`, torchrun, or by hand) share the work; each returns when all of it
-    is done. On GPUs, process LOCAL_RANK takes the device of that number.
-    """
-    progress = progress or (lambda line: print(line, flush=True))
+def check_config(config: Any) -> None:
+    """Raises UserError where keys of a sweep mean nothing, before anything is read or removed."""
     for key, known in (("controls", CONTROLS), ("shot_controls", SHOT_CONTROLS)):
         unknown = [control for control in getattr(config, key) if control not in known]
         if unknown:
@@ -349,6 +350,19 @@ def run_sweep(config: Any, progress: Progress | None = None) -> int:
     for key, least in (("unit", 1), ("processes", 1), ("limit", 1), ("checked", 0)):
         if (value := getattr(config, key)) is not None and value < least:
             raise UserError(f"{key}: {value} must be at least {least}")
+
+
+def run_sweep(config: Any, progress: Progress | None = None) -> int:
+    """Runs every cell that the ledger in `config.out` does not hold yet.
+
+    Returns 0 when every cell of the config is finished and complete, else 1: some cell failed (`failed.jsonl`), or
+    some question got no answer (`num_errors` of its row). `progress` gets one plain line an event; default: stdout.
+
+    Processes that are started with the same config (`processes`, torchrun, or by hand) share the work; each returns when all of it
+    is done. On GPUs, process LOCAL_RANK takes the device of that number.
+    """
+    progress = progress or (lambda line: print(line, flush=True))
+    check_config(config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _launcher_hidden() as device, _helpers(config):
@@ -441,9 +455,13 @@ def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) 
     ]
     cells = list({cell.key: cell for cell in listed}.values())  # a set and one of its members may both be named
     with _exclusive(out / ".ledger.lock"):
-        done = _finished(out, _current_rows(ledger, cells, settings, training.digest))
+        rows = read_ledger(ledger, repair=True)
+    keys = _current_keys(cells, settings, training.digest)
+    old, done = superseded(rows, keys, "benchmarks", ledger), _finished(out, rows)
     open_cells = [cell for cell in cells if cell.key not in done]
     progress(f"sweep: {len(cells)} cells, {len(cells) - len(open_cells)} finished before, {len(open_cells)} to run")
+    if old:
+        progress(announce_superseded(old))
     order = {cell.key: number for number, cell in enumerate(cells)}
     marks = out / "work" / "failed"
     while open_cells:
@@ -451,7 +469,7 @@ def _run_joined(config: Any, device: str | None, out: Path, progress: Progress) 
         for model in models:
             mine = [cell for cell in found if cell.model == model]
             if mine:
-                _run_model(config, settings, training, mine, device, out, order, progress)
+                _run_model(config, settings, training, mine, device, out, order, keys, progress)
         done = _finished(out, read_ledger(ledger))
         open_cells = [cell for cell in open_cells if cell.key not in done and not (marks / cell.key).is_file()]
         if open_cells and not found:  # the rest is in the hands of other processes: until they are done or dead
@@ -478,14 +496,16 @@ def _units(cell: Cell, config: Any, out: Path) -> Units:
     return Units(out / "work" / "answers" / f"{cell.key}_{config.unit}_{config.checked}", config.unit, len(cell.benchmark.rows[: config.limit]))
 
 
-def _publish(out: Path, row: Mapping[str, Any], samples: list[dict[str, Any]], order: Mapping[str, int]) -> bool:
-    """Puts a finished cell into the ledger at its place; False where another process has done so."""
+def _publish(out: Path, row: Mapping[str, Any], samples: list[dict[str, Any]], order: Mapping[str, int], keys: Mapping[tuple[str, str], set[str]]) -> bool:
+    """Puts a finished cell into the ledger at its place, where it follows what it supersedes; False where another process has done so."""
     with _exclusive(out / ".ledger.lock"):
         rows = read_ledger(out / "ledger.jsonl", repair=True)
         if row["key"] in _finished(out, rows):
             return False
         write_rows(out / row["samples"], samples)
-        rows = [*(other for other in rows if other["key"] != row["key"]), row]
+        place = row["model"], row["benchmark"]
+        gone = {row["key"], *(old["key"] for old in superseded(rows, {place: keys[place]}, "benchmarks", out / "ledger.jsonl"))}
+        rows = [*(other for other in rows if other["key"] not in gone), row]
         rows.sort(key=lambda row: order.get(row["key"], -1))  # stable: rows of other configs stay in front
         write_rows(out / "ledger.jsonl", rows)
         (out / "work" / "again" / row["key"]).unlink(missing_ok=True)
@@ -497,26 +517,33 @@ def _finished(out: Path, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, 
     return {row["key"]: row for row in rows if row.get("complete", True) or not (out / "work" / "again" / row["key"]).is_file()}
 
 
-def _current_rows(ledger: Path, cells: list[Cell], settings: Mapping, training: str) -> list[dict[str, Any]]:
-    """Rows of the ledger. Those of these models and benchmarks, under whatever control, from another checkpoint, data or setting are
-    taken out: beside their successors they would only be mistaken for them. A model that is not there keeps its rows."""
-    rows = read_ledger(ledger, repair=True)
+def _current_keys(cells: list[Cell], settings: Mapping, training: str) -> dict[tuple[str, str], set[str]]:
+    """(model, benchmark) -> the keys that its rows have with these checkpoints, data and settings, under whatever control."""
     arms = (None, *CONTROLS, *SHOT_CONTROLS)
-    keys: dict[tuple[str, str], set[str]] = {}
-    for cell in cells:
-        if not is_missing(cell.model.path):
-            place = cell.model.name, cell.benchmark.name
-            keys[place] = keys.get(place) or {_key(cell.model, cell.benchmark, arm, settings, training) for arm in arms}
-    kept = [row for row in rows if row["key"] in keys.get((row["model"], row["benchmark"]), (row["key"],))]
-    if len(kept) < len(rows):
-        write_rows(ledger, kept)
-    return kept
+    return {(cell.model.name, cell.benchmark.name): {_key(cell.model, cell.benchmark, arm, settings, training) for arm in arms} for cell in cells}
+
+
+def superseded(rows: Sequence[dict[str, Any]], keys: Mapping[tuple[str, str], set[str]], kind: str, ledger: Path) -> list[dict[str, Any]]:
+    """Rows from another checkpoint, data or setting than `keys` stand for: they go when the first row that follows them is there (beside it they
+    would be mistaken for its like), not before. Raises UserError where an evaluation of another kind has rows of the same name."""
+    places = [row for row in rows if (row["model"], row["benchmark"]) in keys]
+    if other := [row for row in places if row.get("kind", "benchmarks") != kind]:
+        raise UserError(f"out: {ledger} holds {other[0]['model']} / {other[0]['benchmark']} from an evaluation of kind {other[0].get('kind', 'benchmarks')}; "
+                        "choose another out=, or give the data set another name")
+    return [row for row in places if row["key"] not in keys[row["model"], row["benchmark"]]]
+
+
+def announce_superseded(rows: Sequence[dict[str, Any]]) -> str:
+    named = ", ".join(sorted({f"{row['model']} / {row['benchmark']}" for row in rows}))
+    return f"{len(rows)} rows are of another checkpoint, data or setting and stand until their successors are finished: {named}"
 
 
 def _arms(config: Any, benchmark: Benchmark | None = None) -> list[str | None]:
     if benchmark is not None and benchmark.metric == SUBMISSION:  # controls are for scores
         return [None]
-    return [None, *(config.shot_controls if benchmark is not None and benchmark.shots else config.controls)]
+    if benchmark is None or not benchmark.shots:
+        return [None, *config.controls]
+    return [None, *(control for control in config.shot_controls if control != "shuffled_answers" or len(benchmark.shots) > 1)]  # one answer has no other place
 
 
 def failure(model: str, benchmark: str, control: str | None, error: BaseException) -> dict[str, Any]:
@@ -530,11 +557,14 @@ def _convert_once(jsonl: Path, folder: Path, progress: Progress) -> None:
     if not jsonl.is_file():
         raise UserError(f"convert: {jsonl} does not exist; set data_root")
     mark, digest = folder / "converted_from.json", hashlib.sha256(jsonl.read_bytes()).hexdigest()
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("sha256") == digest:
+    before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+    if before.get("sha256") == digest:
         return
     progress(f"convert: {jsonl} -> {folder}")
-    convert_val_jsonl(jsonl, folder)
-    write_rows(mark, [{"file": str(jsonl), "sha256": digest}])
+    names = [written.name for written in convert_val_jsonl(jsonl, folder)]
+    for gone in set(before.get("sets", ())) - set(names):  # a source that the file no longer has
+        shutil.rmtree(folder / Path(gone).name, ignore_errors=True)
+    write_rows(mark, [{"file": str(jsonl), "sha256": digest, "sets": names}])
 
 
 def _run_model(
@@ -545,6 +575,7 @@ def _run_model(
     device: str | None,
     out: Path,
     order: Mapping[str, int],
+    keys: Mapping[tuple[str, str], set[str]],
     progress: Progress,
 ) -> None:
     """Runs one model's cells into the ledger, as far as others do not; what fails leaves its reason in work/failed."""
@@ -577,7 +608,7 @@ def _run_model(
             progress(f"failed: {cell.label}: {'' if isinstance(error, UserError) else type(error).__name__ + ': '}{reason}")
             failed(cell, error)
             continue
-        if not _publish(out, row, samples, order):
+        if not _publish(out, row, samples, order, keys):
             continue
         low, high = row["interval"] or (float("nan"), float("nan"))
         score = f"answers in {row['submission']}" if row["score"] is None else f"{row['metric']} {row['score']:.1f} [{low:.1f}, {high:.1f}]"

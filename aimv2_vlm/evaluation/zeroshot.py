@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -149,10 +150,10 @@ def evaluate(config: ZeroShotConfig, restart: bool = False) -> int:
         file = Path(config.out) / "samples" / f"{cell.folder}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-        return {"kind": "zero_shot"} | columns | _about(towers, model, data, config) | {"samples": f"samples/{file.name}"}
+        return columns | _about(towers, model, data, config) | {"samples": f"samples/{file.name}"}
 
     with storage_errors(config.out):
-        return run_cells(config.out, list(given), run, placement, restart)
+        return run_cells(config.out, list(given), run, placement, "zero_shot", restart)
 
 
 def _content(data: ZeroShotData) -> str:
@@ -286,10 +287,12 @@ def read_templates(given: Any) -> list[str]:
 def read_class_names(file: str | None, classes: Sequence[str]) -> dict[str, str]:
     """Class of the data set -> its name in words. Without a file: what the set calls it, underscores and hyphens as spaces.
 
-    file: a JSON mapping (or list, in the order of the sorted classes), or lines of `class<TAB>name`. It may name more classes than the
-    pictures have: they compete too. Raises UserError where a class has no name.
+    file: a JSON mapping (or list, in the order of the sorted classes: 2 before 10 where all are numbers), or lines of `class<TAB>name`. It may name more classes than the
+    pictures have: they compete too. Raises UserError where a class has no name, or only a number or a WordNet id.
     """
     if file is None:
+        if wordless := [label for label in classes if re.fullmatch(r"[\d\W_]*|n\d{8}", label)]:
+            raise UserError(f"class_names: null, but {', '.join(wordless[:4])} of the classes says nothing to a text tower; give a file of their names")
         return {label: label.replace("_", " ").replace("-", " ") for label in classes}
     if file.endswith(".json"):
         try:
@@ -299,7 +302,8 @@ def read_class_names(file: str | None, classes: Sequence[str]) -> dict[str, str]
         if isinstance(found, list):
             if len(found) != len(classes):
                 raise UserError(f"class_names: {file}: {len(found)} names, but the pictures have {len(classes)} classes; write a mapping")
-            found = dict(zip(classes, found, strict=True))
+            ordered = sorted(classes, key=int) if all(label.isdecimal() for label in classes) else classes
+            found = dict(zip(ordered, found, strict=True))
     else:
         found = dict(line.split("\t", 1) if "\t" in line else (line, "") for line in _lines(file, "class_names"))
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):

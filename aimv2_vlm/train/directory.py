@@ -99,7 +99,12 @@ class RunDirectory:
         self._write_environment(resolved, world)
 
     def _clear(self) -> None:
-        self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
+        """Raises UserError where what would go is not known to be a run's."""
+        entries = [entry for entry in self.path.iterdir() if entry.name != LOCK]
+        if entries and not (self.path / "recipe.yaml").is_file():
+            raise UserError(f"{self.path}: --restart removes what a run left, but this folder holds {entries[0].name} and no recipe.yaml of a run; "
+                            "choose another out=, or empty it")
+        self._remove(entries)
 
     @staticmethod
     def _remove(entries: Iterable[Path]) -> None:
