@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aimv2_vlm.config import UserError
 from aimv2_vlm.data import collate
@@ -658,6 +658,24 @@ def test_what_cannot_be_built_is_refused(tokenizer_folder):
         build_assistant(make_encoder(), None, Tiling((1, 1), 56, 14), llm_config=LLAMA, **more)
     with pytest.raises(UserError, match="tiling"):
         build_assistant(make_encoder(), None, "2 by 2", llm_config=LLAMA, **more)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("grid", ["1x1", "2x2", "1x1/2"])
+def test_both_parts_keep_the_attention_that_was_asked_for(tokenizer_folder, tmp_path, grid, attention):
+    make_encoder().save_pretrained(tmp_path)
+    grid, _, unshuffle = grid.partition("/")
+    model, _ = build_assistant(str(tmp_path), None, grid, unshuffle=int(unshuffle or 1), tokenizer=str(tokenizer_folder), llm_config=LLAMA,
+                               image_mean=MEAN, image_std=STD, attention=attention)
+    for part in (model.model.vision_tower, model.model.language_model, SimpleNamespace(config=model.config.text_config)):
+        assert part.config._attn_implementation == attention
+
+
+def test_a_decoder_whose_embeddings_a_stock_llava_would_not_find_is_refused(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    llm = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    with pytest.raises(UserError, match="GPT2LMHeadModel shares its head's weights .* `embed_tokens`"):
+        build_assistant(make_encoder(), llm, tokenizer=tokenizer, image_mean=MEAN, image_std=STD)
 
 
 def test_a_picture_and_prompt_beyond_the_decoders_positions_are_refused(tokenizer_folder):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,8 @@ class AssistantForTraining(nn.Module):
         self.assistant, self.views_at_once = assistant, views_at_once
         self._places: torch.Tensor | None = None  # during a forward pass: where the last block's outputs are read
         layers = getattr(assistant.model.language_model, "layers", None)
-        for part in (layers[-1].mlp, layers[-1].self_attn.o_proj) if layers and hasattr(layers[-1], "mlp") else ():
+        last = dict(layers[-1].named_modules()) if layers else {}
+        for part in (last[name] for name in ("mlp", "self_attn.o_proj") if name in last):
             part.register_forward_pre_hook(self._pick)
             part.register_forward_hook(self._put_back)
 
@@ -276,42 +278,69 @@ def see_rows_apart(assistant: nn.Module, on: bool) -> None:
 
 def rows_apart(
     module: nn.Module, query_BHSD: torch.Tensor, key_BHSD: torch.Tensor, value_BHSD: torch.Tensor, attention_mask: Any = None,
-    scaling: float | None = None, dropout: float = 0.0, row_lengths: tuple[int, ...] | None = None, **_: Any,
+    scaling: float | None = None, dropout: float = 0.0, row_lengths: tuple[int, ...] | None = None, sliding_window: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention within each of the rows that lie behind each other in a sequence, as transformers calls it."""
+    """Causal attention within each of the rows that lie behind each other in a sequence, as transformers calls it.
+
+    sliding_window: of a layer that sees only so many tokens, the present one counted.
+    """
     lengths = list(row_lengths or (query_BHSD.shape[2],))
-    grouped = query_BHSD.shape[1] != key_BHSD.shape[1]
-    rows = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query_BHSD, key_BHSD, value_BHSD)), strict=True)
-    ]
+    how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query_BHSD.shape[1] != key_BHSD.shape[1]}
+    rows = []
+    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query_BHSD, key_BHSD, value_BHSD)), strict=True):
+        length, seen = q.shape[2], {"is_causal": True}
+        if sliding_window and length > sliding_window:
+            seen = {"attn_mask": torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)}
+        rows.append(F.scaled_dot_product_attention(q, k, v, **how, **seen))
     return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)).transpose(1, 2).contiguous(), None
 
 
 @torch.no_grad()
-def check_rows_apart(model: AssistantForTraining, num_tokens: int = 6) -> None:
-    """Raises UserError where the decoder sees over the border between two rows of one sequence."""
+def check_rows_apart(model: AssistantForTraining, together: bool = True, num_tokens: int = 6) -> None:
+    """Raises UserError where a row is not what stock attention makes of it, or where (together: rows are concatenated) it sees over the
+    border to the row before. Windows of the decoder's layers, made short for this, are looked through too."""
     was_training = model.training
-    model.eval()  # without dropout
-    see_rows_apart(_assistant(model), True)
+    model.eval()  # without dropout; stock attention
+    vocab = _assistant(model).config.text_config.vocab_size
+    device = next(model.parameters()).device
+    language_model = _assistant(model).model.language_model
+
+    def hidden(*rows: list[int]) -> torch.Tensor:
+        lengths = tuple(map(len, rows))
+        ids = torch.tensor([[token for row in rows for token in row]], device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        return language_model(input_ids=ids, position_ids=positions, use_cache=False, row_lengths=lengths).last_hidden_state[0].float()
+
+    first, second = ([(7 * i + start) % vocab for i in range(num_tokens)] for start in (11, 23))
     try:
-        vocab = _assistant(model).config.text_config.vocab_size
-        device = next(model.parameters()).device
-        language_model = _assistant(model).model.language_model
-
-        def hidden(*rows: list[int]) -> torch.Tensor:
-            lengths = tuple(map(len, rows))
-            ids = torch.tensor([[token for row in rows for token in row]], device=device)
-            positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-            return language_model(input_ids=ids, position_ids=positions, use_cache=False, row_lengths=lengths).last_hidden_state[0].float()
-
-        first, second = ([(7 * i + start) % vocab for i in range(num_tokens)] for start in (11, 23))
-        alone, behind = hidden(second), hidden(first, second)[num_tokens:]
-        tolerance = 1e-3 if alone.dtype == next(model.parameters()).dtype else 5e-2  # bf16 weights round more
-        if (alone - behind).abs().max() > tolerance * alone.abs().max():
-            raise UserError(f"llm: {type(language_model).__name__} sees the row before when rows are concatenated; set optim.micro_batch_size=1")
+        with _short_windows(language_model, num_tokens // 2):
+            stock = hidden(second)
+            see_rows_apart(_assistant(model), True)
+            alone, behind = hidden(second), hidden(first, second)[num_tokens:]
     finally:
         model.train(was_training)
+    tolerance = stock.abs().max() * (1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2)  # bf16 weights round more
+    if (alone - stock).abs().max() > tolerance:
+        raise UserError(f"llm: {type(language_model).__name__} has an attention that tuning would replace by another; set llm.attention=eager")
+    if together and (alone - behind).abs().max() > tolerance:
+        raise UserError(f"llm: {type(language_model).__name__} sees the row before when rows are concatenated; set optim.micro_batch_size=1")
+
+
+WINDOWS = ("sliding_window", "attention_chunk_size")  # transformers' names of how far an attention layer sees
+
+
+@contextmanager
+def _short_windows(language_model: nn.Module, num_tokens: int) -> Iterator[None]:
+    """A decoder whose layers with a window see `num_tokens` only, so that a few tokens tell how windows are treated."""
+    set_by = [(owner, name, window) for owner in (language_model.config, *language_model.modules()) for name in WINDOWS
+              if isinstance(window := getattr(owner, name, None), int)]
+    try:
+        for owner, name, _ in set_by:
+            setattr(owner, name, num_tokens)
+        yield
+    finally:
+        for owner, name, window in set_by:
+            setattr(owner, name, window)
 
 
 class _ProjectedPictures:
@@ -507,6 +536,10 @@ def _join(
         projector_hidden_act="gelu",
         image_seq_length=tiling.patches_per_view,
     )
+    if llm.config.tie_word_embeddings and not hasattr(llm.base_model, "embed_tokens"):
+        raise UserError(f"llm: {type(llm).__name__} shares its head's weights with embeddings that a stock Llava looks for as `embed_tokens`; "
+                        "use a decoder with these, such as Llama's, or one whose head has weights of its own")
+    attention = [(config, config._attn_implementation) for config in (encoder.config, llm.config)]  # the model around them sets its own
     with torch.device("meta"):  # the parts are put in place, so an 8B decoder is never made twice
         if tiling.unshuffle > 1:
             gated = dict(downsample_factor=tiling.unshuffle, alignment_intermediate_size=2 * width)  # half of it is the gate
@@ -524,6 +557,8 @@ def _join(
         llm.get_output_embeddings(),
     )
     model.config.vision_config, model.config.text_config = encoder.config, llm.config
+    for config, implementation in attention:
+        config._attn_implementation = implementation
     connector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     for layer in _linears(connector):
         layer.reset_parameters()

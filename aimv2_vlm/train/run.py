@@ -454,8 +454,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
         data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
                                   tiling, processor.image_processor, features, max_length(recipe, assistant))
         model = AssistantForTraining(assistant, None if placement.shards_weights else recipe.encoder.batch_size)
-        if optim.micro_batch_size > 1:
-            check_rows_apart(model)
+        check_rows_apart(model, together=optim.micro_batch_size > 1)
         steps = ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch)
         objective = InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std)
         memory.check(model, steps.largest, objective.normalize, recipe, placement)
