@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from aimv2_vlm.config import UserError
@@ -35,7 +36,8 @@ CHATML = (
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-KINDS = ["llama3", "vicuna", "plain", "own"]
+DATED = "{{- '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' -}}" + CHATML
+KINDS = ["llama3", "vicuna", "plain", "own", "own, bos put before it"]  # the last: a template without BOS, a tokenizer with one, and today's date
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +45,23 @@ def folders(tmp_path_factory):
     """Saved tokenizers by template."""
     out = tmp_path_factory.mktemp("tokenizers")
     for kind in KINDS:
-        train_chat_tokenizer(TEXTS, out / kind, 600, "plain" if kind == "own" else kind)
+        train_chat_tokenizer(TEXTS, out / kind, 600, "plain" if kind.startswith("own") else kind)
     return {kind: out / kind for kind in KINDS}
 
 
 def make(folder, kind):
     """(format, stock processor); `own` is a ChatML decoder with a tokenizer that knows no pictures."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if kind == "own":
+    if kind.startswith("own"):
         tokenizer.add_special_tokens(
             {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False
         )
-        tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHATML
+        tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHATML if kind == "own" else DATED
+    if kind != "own" and kind.startswith("own"):
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     image_token = prepare_tokenizer(tokenizer)
-    template = chat_template(kind, image_token, tokenizer.chat_template)
+    template = chat_template(kind.split(",")[0], image_token, tokenizer.chat_template)
     images = image_processor(TILING, [0.5] * 3, [0.5] * 3)
     return ChatFormat(tokenizer, template, image_token), build_processor(tokenizer, images, 14, template, image_token)
 
@@ -209,6 +214,13 @@ def test_text_of_each_template(formats):
         "<|im_start|>user\n<|image|><|image|>\nWhat?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>"
     )
+
+
+def test_a_template_without_bos_gets_the_one_stock_processors_put_and_one_date_for_all_days(formats):
+    chat, _ = formats[KINDS[-1]]
+    row = chat.assemble(Conversation("row", (), (Turn("user", "Hi"), Turn("assistant", "yes")), None), [])
+    assert decode(chat, row.ids).startswith(chat.tokenizer.bos_token + "<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
+    assert row.ids.count(chat.tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -186,7 +186,19 @@ def test_restart_removes_no_folder_that_is_no_run(scenes_root, tmp_path):
     thesis.touch()
     refused = run_cli(*pretraining(scenes_root, tmp_path / "home"), "--restart", check=False)
     assert refused.returncode == 2 and thesis.exists()
-    assert "--restart removes what a run left, but this folder holds thesis and no recipe.yaml of a run; choose another out=, or empty it" in refused.stderr
+    assert "--restart removes what a run left, but this folder holds thesis and no environment.json of a run; choose another out=, or empty it" in refused.stderr
+
+
+@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("name", ["recipe.yaml", "tokenizer/mine.txt", "final/model.safetensors"])
+def test_nothing_is_written_over_that_no_run_wrote(scenes_root, tmp_path, name, restart):
+    """A recipe of one's own beside one's own files, with out= in the same folder."""
+    own = tmp_path / "project" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("# mine\nseed: 3\n", encoding="utf-8")
+    refused = run_cli(*pretraining(scenes_root, tmp_path / "project"), *["--restart"] * restart, check=False)
+    assert refused.returncode == 2 and f"{name.split('/')[0]}" in refused.stderr and "choose another out=" in refused.stderr
+    assert own.read_text(encoding="utf-8") == "# mine\nseed: 3\n"
 
 
 def test_changed_data_is_refused_naming_the_shard(scenes_root, tmp_path):

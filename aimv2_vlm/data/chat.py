@@ -77,6 +77,10 @@ _FLATTEN = (
     "{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
+# Templates that ask for today's date (Llama 3.1's) get the one that Llama 3.1 falls back to: a row is the same ids on every day.
+_DATE = "{%- macro strftime_now(format) -%}{{- format" + "".join(
+    f"|replace('%{code}', '{value}')" for code, value in {"d": "26", "b": "Jul", "B": "July", "m": "07", "y": "24", "Y": "2024"}.items()
+) + " -}}{%- endmacro -%}"
 
 
 def chat_template(kind: str, image_token: str, own: str | None = None) -> str:
@@ -91,7 +95,7 @@ def chat_template(kind: str, image_token: str, own: str | None = None) -> str:
             raise UserError(
                 "llm.template: own, but the decoder's tokenizer has no chat template; name llama3, vicuna or plain"
             )
-        body = own
+        body = _DATE * ("strftime_now" in own) + own
     elif kind in _TEMPLATES:
         body = _TEMPLATES[kind]
     else:
@@ -134,6 +138,7 @@ class ChatFormat:
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
         self._first, self._later = _plain_encoders(tokenizer)
+        self._bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
         self._name = f"chat template of {tokenizer.name_or_path or type(tokenizer).__name__}"
         self.end_ids = self._find_end()
         self._answer_encoder = self._choose_answer_encoder()
@@ -257,15 +262,19 @@ class ChatFormat:
         rendered = self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        ids = self._begin(rendered)
         if not self._split.search(everything):
-            return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        ids: list[int] = []
+            return ids + self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         for position, piece in enumerate(self._split.split(rendered)):
             if position % 2:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             elif piece:
                 ids += (self._later if position else self._first)(show(piece))
         return ids
+
+    def _begin(self, rendered: str) -> list[int]:
+        """The BOS that transformers' processors put before a template that writes none, where the tokenizer begins with one."""
+        return [] if rendered.startswith(self.tokenizer.bos_token or "") else list(self._bos)
 
     def _disguise(self, text: str):
         """Two functions: replace special tokens by private characters that the text does not hold, and back."""

@@ -26,6 +26,8 @@ FREE_KEYS = ("train.", "licence", "optim.micro_batch_size", "data.tokens_per_mic
              "encoder.cache", "encoder.batch_size", "adapter.merge")
 # What a run makes for its recipe before the first step; other keys would want others.
 PREPARED = ("tokenizer", "tokenizer.model", "clip_tokenizer", "metrics.jsonl")
+ENVIRONMENT = "environment.json"  # no one but a run writes it
+WRITTEN = ("recipe.yaml", "data_report.json", "checkpoints", "final", *PREPARED)
 LOCK = ".lock"
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "sentencepiece",
             "simplejpeg", "pillow", "numpy", "lmms_eval", "peft", "bitsandbytes", "torchao")
@@ -92,19 +94,23 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: the run directory cannot be made ({error.strerror}); choose another out=") from None
         self._lock = acquire_lock(self.path)
+        self._check_folder(restart)
         if restart:
-            self._clear()
+            self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
         self._check_recipe(resolved)
+        self._write_environment(resolved, world)  # first: it tells a run's folder from another
         write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
-        self._write_environment(resolved, world)
 
-    def _clear(self) -> None:
-        """Raises UserError where what would go is not known to be a run's."""
-        entries = [entry for entry in self.path.iterdir() if entry.name != LOCK]
-        if entries and not (self.path / "recipe.yaml").is_file():
-            raise UserError(f"{self.path}: --restart removes what a run left, but this folder holds {entries[0].name} and no recipe.yaml of a run; "
+    def _check_folder(self, restart: bool) -> None:
+        """Raises UserError where what would go, or be overwritten, is not known to be a run's: a recipe of one's own is called recipe.yaml too."""
+        if (self.path / ENVIRONMENT).is_file():
+            return
+        entries = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+        if restart and entries:
+            raise UserError(f"{self.path}: --restart removes what a run left, but this folder holds {entries[0]} and no {ENVIRONMENT} of a run; "
                             "choose another out=, or empty it")
-        self._remove(entries)
+        if taken := [name for name in entries if name in WRITTEN]:
+            raise UserError(f"{self.path}: holds {taken[0]}, which would be written over, and no {ENVIRONMENT} of a run; choose another out=")
 
     @staticmethod
     def _remove(entries: Iterable[Path]) -> None:
@@ -125,7 +131,7 @@ class RunDirectory:
     def _write_environment(self, resolved: Any, world: int) -> None:
         facts = {"versions": versions(), "git_commit": git_commit(), "seed": resolved.seed, "world": world,
                  "machine": platform.machine(), "processor": processor(), "cores": os.cpu_count(), "argv": sys.argv[1:]}
-        write_atomically(self.path / "environment.json", json.dumps(facts, indent=1))
+        write_atomically(self.path / ENVIRONMENT, json.dumps(facts, indent=1))
 
     @property
     def checkpoints(self) -> Path:
