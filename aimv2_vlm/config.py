@@ -89,7 +89,7 @@ class Common:
     """What every recipe and eval config has: where to write, and what the whole run is computed with."""
 
     out: str | None = None
-    seed: int = 0
+    seed: int = bounded(0, at_least=0, below=2**32)
     precision: str = choices("auto", *PRECISIONS)
     data_root: str | None = None
 

@@ -129,12 +129,20 @@ def _load_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
     base = raw.pop("base", None)
+    _count_steps(raw)
     if base is None:
         return raw
     base_path = path.parent / str(base)
     if not base_path.is_file():
         raise UserError(f"{path}: base: {base} does not exist beside it")
     return merge(_load_with_base(base_path, (*seen, path)), raw)
+
+
+def _count_steps(raw: dict[str, Any]) -> dict[str, Any]:
+    """`optim.steps` with no `optim.epochs` beside it: the epochs of a base, of the recipe or of a default do not go before it."""
+    if isinstance(optim := raw.get("optim"), dict) and "steps" in optim:
+        optim.setdefault("epochs", None)
+    return raw
 
 
 def shown(value: Any, most: int = 200) -> str:
@@ -279,7 +287,7 @@ def load_recipe(verb: str, name: str, overrides: list[str] = ()) -> Any:
     Raises UserError naming file and key; nothing heavy has been imported by then.
     """
     path = find_recipe(verb, name)
-    raw = _set_override(_load_with_base(path), parse_overrides(list(overrides)))
+    raw = _count_steps(_set_override(_load_with_base(path), _count_steps(parse_overrides(list(overrides)))))
     raw = _substitute(raw, raw.get("data_root"), str(path))
     recipe = build(_evaluation(raw, str(path)) if verb == "eval" else FOLDERS[verb], raw, str(path))
     if recipe.out is None:

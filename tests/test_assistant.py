@@ -459,6 +459,15 @@ def test_a_comparison_encoder_makes_a_stock_assistant_too(tokenizer_folder, data
     out = tower.eval()(pixel_values=pixels, output_hidden_states=True)
     wanted = out.last_hidden_state if layer is None else out.hidden_states[layer]
     assert torch.allclose(encode_views(model, pixels), wanted[:, 0 if kind == "siglip" else 1 :], atol=1e-6)
+    names = {name for name, _ in model.named_parameters() if part_of(name) == "encoder"}
+    learned = sum(p.numel() for p in model.parameters()) - sum(p.numel() for n, p in model.named_parameters() if n in names)
+    counts = set_trainable(model, ["encoder", "connector", "llm"])
+    found = gradients(model, [batch])  # of what is trainable: DDP would wait for the others'
+    assert all(gradient.abs().sum() > 0 for name, gradient in found.items() if name in names)
+    unread = {name.split("vision_tower.")[1] for name in names - found.keys()}
+    last = {"clip": "encoder.layers.2.", "siglip": "encoder.layers.2.", "dinov2": "encoder.layer.2."}[kind]
+    assert any(name.startswith(last) for name in unread) == (layer == -2) and counts["connector"] + counts["llm"] == learned
+    assert all(name.startswith((last, "post_layernorm", "layernorm", "embeddings.mask_token")) for name in unread)
     model.save_pretrained(tmp_path / "final")
     again = type(model).from_pretrained(tmp_path / "final").eval()
     assert torch.allclose(stock_loss(again, batch, rows.tiling.num_views), expected, rtol=1e-5)

@@ -47,6 +47,7 @@ BAD = [
     ("bad_image_field", row("q", "a", image=["a.png", None])),
     ("bad_image_field", row("q", "a", image=["a.png", ""])),
     ("bad_image_field", row("q", "a", image={"path": "a.png"})),
+    ("bad_image_field", {"images": [{"path": "a.png"}], **{k: v for k, v in row("q", "a").items() if k != "image"}}),
     ("no_conversation", {"id": 1, "image": "a.png"}),
     ("no_conversation", row()),
     ("no_conversation", {"id": 1, "conversations": "q"}),

@@ -85,6 +85,17 @@ def test_a_section_given_in_part_keeps_the_verbs_own_defaults(tmp_path):
     assert recipe.optim.steps == 7 and (recipe.optim.lr, recipe.optim.decoupled) == (default.lr, default.decoupled) == (1e-5, False)
 
 
+def test_steps_go_before_the_epochs_of_a_base_a_recipe_or_a_default(tmp_path):
+    write(tmp_path, "optim: {epochs: 3}\n", "base.yaml")
+    assert load("sft", write(tmp_path, "base: base.yaml\noptim: {steps: 7}\n")).optim.epochs is None
+    recipe = load("sft", write(tmp_path, "base: base.yaml\n"), "optim.steps=7")
+    assert (recipe.optim.steps, recipe.optim.epochs) == (7, None)
+    assert load("sft", write(tmp_path, "base: base.yaml\n"), "optim.lr=1").optim.epochs == 3
+    assert load("sft", write(tmp_path, "base: base.yaml\n"), "optim.steps=7", "optim.epochs=2").optim.epochs == 2
+    assert load("eval", write(tmp_path, "kind: probing\noptim: {steps: 7}\n")).optim.epochs is None
+    assert load("eval", write(tmp_path, "kind: probing\n")).optim.epochs == 100
+
+
 def test_overrides_reach_into_lists_and_can_set_null(tmp_path):
     path = write(tmp_path, "models: [{name: a, path: x}, {name: b, path: y}]\nlimit: 3\n")
     recipe = load("eval", path, "models.1.path=z", "limit=null")
@@ -97,6 +108,7 @@ def test_overrides_reach_into_lists_and_can_set_null(tmp_path):
     ("optim: {lr: fast}\n", [], ["optim.lr", "float", "fast"]),
     ("train: {strategy: fsdp}\n", [], ["train.strategy", "fsdp2"]),
     ("seed: true\n", [], ["seed", "int"]),
+    ("seed: 12345678901234567890123\n", [], ["seed", "below 4.29497e+09"]),
     ("data: [1]\n", [], ["data", "mapping"]),
     ("optim: {lr: 1}\noptim: {lr: 2}\n", [], ["line 2", "twice"]),
     ("optim: {lr: [\n", [], ["not valid YAML"]),

@@ -40,7 +40,11 @@ def test_a_key_that_was_refused_is_mended_without_restart(scenes_root, tiny_enco
     assert "adapter.targets: qproj" in refusal(tuning(scenes_root, tiny_encoder, out, "adapter.kind=lora", "adapter.targets=[qproj]"))
     assert len(AutoTokenizer.from_pretrained(out / "tokenizer")) == 360
     words = tuning(scenes_root, tiny_encoder, out, "adapter.kind=lora", "adapter.targets=[q_proj]", "llm.vocab_size=380")
+    recipe = load_recipe("sft", words[1], [*words[2:], "adapter.targets=[kproj]"])
+    with pytest.raises(UserError, match="kproj") as kept:  # from Python, with the traceback and all that it holds at hand
+        run.sft(recipe)
     run_cli(*words, "train.stop_after=2")
+    assert kept.value.__traceback__ is not None
     assert len(AutoTokenizer.from_pretrained(out / "tokenizer")) == 380
     assert "another recipe" in refusal([*words, "adapter.rank=3"])  # now there is something to lose
     run_cli(*words, "data.max_bad_fraction=0.5")  # a limit changes nothing that is computed
@@ -100,10 +104,37 @@ def test_a_frozen_encoder_that_changed_under_a_run_is_refused(scenes_root, tiny_
     run_cli(*words)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_frozen_connector_that_changed_under_a_run_is_refused(scenes_root, tiny_encoder, tmp_path, form):
+    torch.manual_seed(0)
+    width = load_file(tiny_encoder / "model.safetensors")["embeddings.patch_embed.weight"].shape[0]
+    words = tuning(scenes_root, tiny_encoder, tmp_path / "run", f"connector_path={tmp_path / 'connector'}", "trainable=[llm]")
+    hidden = load_recipe("sft", words[1], words[2:]).llm.hidden_size
+    sizes = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    tensors = {f"model.mm_projector.{name}": torch.randn(size) for name, size in sizes.items()}
+    (tmp_path / "connector").mkdir()
+    save = {"safetensors": save_file, "bin": torch.save}[form]
+    path = tmp_path / "connector" / f"mm_projector.{form}"
+    save(tensors, path)
+    run_cli(*words, "train.stop_after=2")
+    save({name: tensor + 1e-3 for name, tensor in tensors.items()}, path)
+    assert "frozen.connector" in refusal(words)
+    save(tensors, path)
+    run_cli(*words)
+
+
+def test_a_picture_that_no_row_holds_is_refused_at_the_start(scenes_root, tiny_encoder, tmp_path):
+    line = refusal(tuning(scenes_root, tiny_encoder, tmp_path / "run", "data.max_length=20", grid="2x2"))
+    assert "data.max_length: rows of 20 tokens, but a picture alone takes 24; raise it" in line
+
+
 def test_a_checkpoint_is_compared_by_what_it_knows_of():
     old = {"seed": 0, "rows": 5, "sources": {"a": "x"}}
     assert run.compare_conversations(old, old | {"frozen": {"encoder": "y"}}) == []
     assert run.compare_conversations(old, old | {"rows": 6}) == ["rows: 5 -> 6"]
+    older = old | {"frozen": {"encoder": "y"}}
+    assert run.compare_conversations(older, old | {"frozen": {"encoder": "y", "connector": "z"}}) == []
+    assert run.compare_conversations(older, old | {"frozen": {"encoder": "x", "connector": "z"}}) == ["frozen.encoder: 'y' -> 'x'"]
 
 
 def test_rows_are_told_apart_by_file_content_and_choice_and_files_are_read_once(scenes_root, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NO_IMAGE = {"", "None", "none", "nan"}
 FORMATS = ("conversations", *PARSERS)
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 PARALLEL_ROWS = 100_000  # below this, starting processes takes longer than judging
 MOST_NAMES = 500_000  # pictures remembered while a file is judged; those of more rows are looked for again
 
@@ -48,7 +48,7 @@ REASONS = [
     "not_an_object",  # the row is no mapping
     "invalid_text",  # half of a surrogate pair: no text in any encoding
     "video",  # rows with a video are for other tools
-    "bad_image_field",  # `image` is neither a name, a list of names, nor one of the ways to say none
+    "bad_image_field",  # `image`, or `images` of a row without it, is neither a name, a list of names, nor one of the ways to say none
     "no_conversation",  # `conversations` is missing, empty or no list
     "malformed_turn",  # a turn without {from, value} or {role, content}, or with a value that is no text
     "unknown_speaker",
@@ -115,7 +115,7 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
 
     if row.get("video"):
         return reject("video")
-    images = _images(row.get("image"))
+    images = _images(row.get("image", row.get("images")))
     if images is None:
         return reject("bad_image_field")
     turns = row.get("conversations")

@@ -76,15 +76,15 @@ def run_cells(
     cells = [cell for cell in cells if cell not in unknown]
     order = {cell.key: number for number, cell in enumerate(cells)}
     lock, done = None, []
-    if placement.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(folder)
-        if restart:
-            forget(folder)
-        done = read_ledger(ledger, repair=True)
-        if old := superseded(done, {(cell.model, cell.benchmark): {cell.key} for cell in cells}, kind, ledger):
-            say(announce_superseded(old))
     try:
+        if placement.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = acquire_lock(folder)
+            if restart:
+                forget(folder)
+            done = read_ledger(ledger, repair=True)
+            if old := superseded(done, {(cell.model, cell.benchmark): {cell.key} for cell in cells}, kind, ledger):
+                say(announce_superseded(old))
         for cell in unknown:
             failures.append(_failed(cell, cell.depends, placement))
         finished = set(placement.gather_strings([row["key"] for row in done]))

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,7 @@ def _train_and_judge(recipe: ProbeRecipe, restart: bool, shared: dict[str, Any],
     with storage_errors(recipe.out):
         placement = Placement.of(recipe)
         check_probe(recipe, placement)
-        directory = open_run(recipe, placement, restart)
-        try:
+        with closing(open_run(recipe, placement, restart)) as directory:
             if not directory.finished:
                 material = shared.get("material") or shared.setdefault("material", Material(recipe, placement))
                 fitted, judged = material.datasets(recipe, placement)
@@ -230,8 +230,6 @@ def _train_and_judge(recipe: ProbeRecipe, restart: bool, shared: dict[str, Any],
                 # before `final/`: what is finished has a result
                 directory.write_json("result.json", {"points": results} if points else results[0])
                 publish(directory, placement, model, rebuild, partial(write_probe, results=results, kept=kept))
-        finally:
-            directory.close()
         found = json.loads((Path(recipe.out) / "result.json").read_text(encoding="utf-8"))
         results = found["points"] if recipe.grid else [found]
         if Path(recipe.encoder.path).expanduser().is_dir() and results[0]["encoder_digest"] != (now := digest_checkpoint(recipe.encoder.path)):

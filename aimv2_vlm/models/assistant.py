@@ -234,8 +234,7 @@ class AssistantForTraining(nn.Module):
     def _views(self, pixels_KCHW: torch.Tensor | None) -> torch.Tensor:
         if pixels_KCHW is not None and len(pixels_KCHW):
             return pixels_KCHW
-        config, weight = self.assistant.config.vision_config, next(self.assistant.model.vision_tower.parameters())
-        return weight.new_zeros(1, config.num_channels, config.image_size, config.image_size)
+        return _nothing(self.assistant)
 
 
 def supervised_places(labels_1S: torch.Tensor, row_lengths: list[int], weights_B: torch.Tensor | None = None) -> torch.Tensor:
@@ -397,7 +396,8 @@ def is_adapter(name: str) -> bool:
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """The only freeze switch: exactly these parts learn, of a decoder with adapters these alone.
+    """The only freeze switch: exactly these parts learn, of a decoder with adapters these alone, of an encoder what its features are
+    made by (blocks behind the layer that is read have no gradient, for which DDP would wait).
 
     Returns the number of trainable parameters of each part.
     """
@@ -410,9 +410,33 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
     adapted = any(is_adapter(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and (not adapted or part_of(name) != "llm" or is_adapter(name)))
+    if "encoder" in parts:
+        read = _parameters_read(model)
+        for parameter in _assistant(model).model.vision_tower.parameters():
+            parameter.requires_grad_(parameter in read)
+    for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
     model.train(model.training)
     return counts
+
+
+def _parameters_read(model: nn.Module) -> set[nn.Parameter]:
+    """Trainable parameters that the encoder's features depend on, by the graph of one view."""
+    features = encode_views(model, _nothing(_assistant(model)))
+    found, seen, left = set(), set(), [features.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+            found |= {node.variable} if hasattr(node, "variable") else set()
+    return found
+
+
+def _nothing(assistant: nn.Module) -> torch.Tensor:
+    """One view of zeros (1, C, H, W) in the encoder's number format, where its parameters are."""
+    config, weight = assistant.config.vision_config, next(assistant.model.vision_tower.parameters())
+    return weight.new_zeros(1, config.num_channels, config.image_size, config.image_size)
 
 
 def parameter_groups_by_part(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -94,12 +94,16 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: the run directory cannot be made ({error.strerror}); choose another out=") from None
         self._lock = acquire_lock(self.path)
-        self._check_folder(restart)
-        if restart:
-            self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
-        self._check_recipe(resolved)
-        self._write_environment(resolved, world)  # first: it tells a run's folder from another
-        write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
+        try:
+            self._check_folder(restart)
+            if restart:
+                self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
+            self._check_recipe(resolved)
+            self._write_environment(resolved, world)  # first: it tells a run's folder from another
+            write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
+        except BaseException:
+            self.close()  # who called from Python may mend it and call again
+            raise
 
     def _check_folder(self, restart: bool) -> None:
         """Raises UserError where what would go, or be overwritten, is not known to be a run's: a recipe of one's own is called recipe.yaml too."""

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -70,41 +70,41 @@ def pretrain(recipe: PretrainRecipe, restart: bool = False) -> Path:
     check_pretraining(recipe)
     placement = Placement.of(recipe)
     check_states(recipe.optim, placement)
-    directory = open_run(recipe, placement, restart)
-    if not directory.finished:
-        trunk = cooldown_run(recipe)
-        tokenizer, data, held_out = pair_data(recipe, directory, placement, trunk)
-        check_decoder_tokenizer(recipe, directory)
-        steps = NativeSteps(recipe, data, placement) if recipe.image.native.capacity else PairSteps(recipe, data, placement)
-        check_shared_memory(steps.bytes, recipe.train.num_workers)
-        schedule = resolve_schedule(recipe.optim, data.epoch_positions / steps.samples)
-        rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size, tokenizer.eos_id)
-        model = seeded(recipe.seed, rebuild)
-        checkpoint.check_room(directory.checkpoints, model, schedule.steps, recipe.train, placement)
-        objective = pretraining_objective(recipe)
-        if recipe.precision == "fp8":
-            layers = convert_to_fp8(model)
-            if placement.is_main:
-                emulated = "" if placement.device.type == "cuda" else "; emulated on this CPU, and slower than fp32"
-                uncompiled = "" if recipe.train.compile else "; train.compile=true is what makes it faster"
-                say(f"fp8: {layers} linear layers of the blocks, the rest in bf16{emulated or uncompiled}")
-        compile_model(model, recipe.train.compile, placement)
-        model, optimizer = placement.place(model, partial(make_optimizer, optim=schedule.optim, placement=placement, roles=model.parameter_roles()))
-        facts = data.fingerprint()
-        if recipe.objective.name == "lit" and recipe.encoder.path is not None:  # what does not learn stands in no checkpoint
-            facts["frozen"] = weights_digest(recipe.encoder.path)
-        goes_on_from = directory.path if trunk is None or any(directory.checkpoints.glob("step_*")) else trunk
-        train(
-            directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
-            micro_batches=steps, schedule=schedule, loop=recipe.train,
-            fingerprint=compact_fingerprint(facts, directory.path, write=placement.is_main),
-            # every process has the new shards at hand; only the old ones are looked up
-            compare=lambda old, _: compare_pairs(old, facts, goes_on_from), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
-            report=pair_report(recipe, data), what="pre-training",
-            validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
-        )
-        publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe))
-    return close_run(directory, placement, "pre-training")
+    with closing(open_run(recipe, placement, restart)) as directory:
+        if not directory.finished:
+            trunk = cooldown_run(recipe)
+            tokenizer, data, held_out = pair_data(recipe, directory, placement, trunk)
+            check_decoder_tokenizer(recipe, directory)
+            steps = NativeSteps(recipe, data, placement) if recipe.image.native.capacity else PairSteps(recipe, data, placement)
+            check_shared_memory(steps.bytes, recipe.train.num_workers)
+            schedule = resolve_schedule(recipe.optim, data.epoch_positions / steps.samples)
+            rebuild = partial(build_pretraining_model, recipe, tokenizer.vocab_size, tokenizer.eos_id)
+            model = seeded(recipe.seed, rebuild)
+            checkpoint.check_room(directory.checkpoints, model, schedule.steps, recipe.train, placement)
+            objective = pretraining_objective(recipe)
+            if recipe.precision == "fp8":
+                layers = convert_to_fp8(model)
+                if placement.is_main:
+                    emulated = "" if placement.device.type == "cuda" else "; emulated on this CPU, and slower than fp32"
+                    uncompiled = "" if recipe.train.compile else "; train.compile=true is what makes it faster"
+                    say(f"fp8: {layers} linear layers of the blocks, the rest in bf16{emulated or uncompiled}")
+            compile_model(model, recipe.train.compile, placement)
+            model, optimizer = placement.place(model, partial(make_optimizer, optim=schedule.optim, placement=placement, roles=model.parameter_roles()))
+            facts = data.fingerprint()
+            if recipe.objective.name == "lit" and recipe.encoder.path is not None:  # what does not learn stands in no checkpoint
+                facts["frozen"] = weights_digest(recipe.encoder.path)
+            goes_on_from = directory.path if trunk is None or any(directory.checkpoints.glob("step_*")) else trunk
+            train(
+                directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
+                micro_batches=steps, schedule=schedule, loop=recipe.train,
+                fingerprint=compact_fingerprint(facts, directory.path, write=placement.is_main),
+                # every process has the new shards at hand; only the old ones are looked up
+                compare=lambda old, _: compare_pairs(old, facts, goes_on_from), changed=recipe.data.changed, max_bad_fraction=recipe.data.max_bad_fraction,
+                report=pair_report(recipe, data), what="pre-training",
+                validation=partial(validate_pairs, objective, model, held_out, recipe, placement) if held_out else None,
+            )
+            publish(directory, placement, model, rebuild, partial(write_pretrained, recipe=recipe))
+        return say_finished(directory, placement, "pre-training")
 
 
 def compare_pairs(old: dict[str, Any], new: dict[str, Any], folder: Path) -> list[str]:
@@ -437,38 +437,39 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
     """Tune an assistant by `recipe` (section 4.3.1); returns its folder (`final/`), a stock transformers checkpoint."""
     placement = Placement.of(recipe)
     check_tuning(recipe, placement)
-    directory = open_run(recipe, placement, restart)
-    if not directory.finished:
-        conversations = conversation_data(recipe, directory, placement)
-        check_batch(recipe.optim, placement)
-        schedule = resolve_schedule(recipe.optim, len(conversations) / recipe.optim.batch_size)
-        optim = schedule.optim
-        rebuild = partial(build_tunable, recipe, chat_tokenizer(recipe, conversations, directory, placement), placement.precision)
-        assistant, processor = seeded(recipe.seed, rebuild)
-        tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
-        check_context(assistant, tiling.max_image_tokens, 1)
-        report_parts(set_trainable(assistant, recipe.trainable), placement)
-        report_plan(recipe, assistant, placement)
-        checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
-        features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
-        data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
-                                  tiling, processor.image_processor, features, max_length(recipe, assistant))
-        model = AssistantForTraining(assistant, None if placement.shards_weights else recipe.encoder.batch_size)
-        check_rows_apart(model, together=optim.micro_batch_size > 1)
-        steps = ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch)
-        objective = InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std)
-        memory.check(model, steps.largest, objective.normalize, recipe, placement)
-        model, optimizer = placement.place(
-            model, partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
-        train(
-            directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
-            micro_batches=steps, schedule=schedule, loop=recipe.train,
-            fingerprint=conversation_fingerprint(conversations, recipe), compare=compare_conversations,
-            max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
-            dropout_seed=recipe.seed,  # of an adapter, and of a decoder that has some of its own
-        )
-        publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor, recipe=recipe))
-    return close_run(directory, placement, "tuning")
+    with closing(open_run(recipe, placement, restart)) as directory:
+        if not directory.finished:
+            conversations = conversation_data(recipe, directory, placement)
+            check_batch(recipe.optim, placement)
+            schedule = resolve_schedule(recipe.optim, len(conversations) / recipe.optim.batch_size)
+            optim = schedule.optim
+            rebuild = partial(build_tunable, recipe, chat_tokenizer(recipe, conversations, directory, placement), placement.precision)
+            assistant, processor = seeded(recipe.seed, rebuild)
+            tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
+            check_context(assistant, tiling.max_image_tokens, 1)
+            check_pictures_fit(recipe, assistant, tiling)
+            report_parts(set_trainable(assistant, recipe.trainable), placement)
+            report_plan(recipe, assistant, placement)
+            checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
+            features = feature_cache(recipe, assistant, processor, tiling, conversations, directory, placement)
+            data = InstructionDataset(conversations, ChatFormat(processor.tokenizer, processor.chat_template, processor.image_token),
+                                      tiling, processor.image_processor, features, max_length(recipe, assistant))
+            model = AssistantForTraining(assistant, None if placement.shards_weights else recipe.encoder.batch_size)
+            check_rows_apart(model, together=optim.micro_batch_size > 1)
+            steps = ConversationSteps(data, optim, placement, recipe.seed, recipe.data.tokens_per_microbatch)
+            objective = InstructionObjective(processor.image_processor.image_mean, processor.image_processor.image_std)
+            memory.check(model, steps.largest, objective.normalize, recipe, placement)
+            model, optimizer = placement.place(
+                model, partial(make_optimizer, optim=optim, placement=placement, connector_lr_scale=recipe.connector_lr_scale))
+            train(
+                directory=directory, placement=placement, objective=objective, model=model, optimizer=optimizer,
+                micro_batches=steps, schedule=schedule, loop=recipe.train,
+                fingerprint=conversation_fingerprint(conversations, recipe), compare=compare_conversations,
+                max_bad_fraction=recipe.data.max_bad_fraction, report=conversations.report(), what="tuning",
+                dropout_seed=recipe.seed,  # of an adapter, and of a decoder that has some of its own
+            )
+            publish(directory, placement, model, lambda: AssistantForTraining(rebuild()[0]), partial(write_assistant, processor=processor, recipe=recipe))
+        return say_finished(directory, placement, "tuning")
 
 
 def conversation_data(recipe: SftRecipe, directory: RunDirectory, placement: Placement) -> ConversationSet:
@@ -587,6 +588,14 @@ def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
     return min(recipe.data.max_length, getattr(assistant.config.text_config, "max_position_embeddings", recipe.data.max_length))
 
 
+def check_pictures_fit(recipe: SftRecipe, assistant: torch.nn.Module, tiling: Tiling) -> None:
+    """Raises UserError where no row with a picture could fit, of which every one would be left out at its turn."""
+    longest = max_length(recipe, assistant)
+    if not tiling.varies and tiling.max_image_tokens >= longest:
+        raise UserError(f"data.max_length: rows of {longest} tokens, but a picture alone takes {tiling.max_image_tokens}; raise it "
+                        f"(llm.max_positions too, where it is the limit), or make pictures shorter by tiling.grid or tiling.unshuffle=2")
+
+
 def report_parts(counts: dict[str, int], placement: Placement) -> None:
     if placement.is_main:
         say("trainable parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
@@ -647,13 +656,17 @@ class ConversationSteps:
 def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:
     """What a run depends on besides its recipe: seed, rows (files by content), and the checkpoints of the parts that do not learn."""
     frozen = {"encoder": recipe.encoder.path if "encoder" not in recipe.trainable else None,
-              "llm": recipe.llm.path if "llm" not in recipe.trainable or recipe.adapter.kind != "none" else None}
+              "llm": recipe.llm.path if "llm" not in recipe.trainable or recipe.adapter.kind != "none" else None,
+              "connector": (recipe.connector_path or recipe.adapter.path) if "connector" not in recipe.trainable else None}
     return {"seed": recipe.seed, **conversations.fingerprint(), "frozen": {part: weights_digest(path) for part, path in frozen.items() if path}}
 
 
 def compare_conversations(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What changed since a checkpoint, of what it knows of: an older one names less."""
-    return recipes.differences(old, {key: value for key, value in new.items() if key in old})
+    new = {key: value for key, value in new.items() if key in old}
+    if "frozen" in new:
+        new["frozen"] = {part: digest for part, digest in new["frozen"].items() if part in old["frozen"]}
+    return recipes.differences(old, new)
 
 
 def write_assistant(folder: Path, model: AssistantForTraining, *, processor: Any, recipe: SftRecipe) -> None:
@@ -754,8 +767,7 @@ def publish(directory: RunDirectory, placement: Placement, placed: torch.nn.Modu
         raise UserError(problem)
 
 
-def close_run(directory: RunDirectory, placement: Placement, what: str) -> Path:
+def say_finished(directory: RunDirectory, placement: Placement, what: str) -> Path:
     if placement.is_main:
         say(f"{what}: finished; the model is in {directory.final}")
-    directory.close()
     return directory.final
