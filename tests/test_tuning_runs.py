@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import run_cli, run_two_processes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import assert_same_weights, pretraining, tuning
@@ -121,6 +122,18 @@ def test_a_frozen_connector_that_changed_under_a_run_is_refused(scenes_root, tin
     assert "frozen.connector" in refusal(words)
     save(tensors, path)
     run_cli(*words)
+
+
+def test_two_processes_train_an_encoder_up_to_the_layer_that_is_read(scenes_root, tiny_encoder, tmp_path):
+    """DDP waits for a gradient of everything that is trainable."""
+    words = tuning(scenes_root, tiny_encoder, tmp_path / "run", "trainable=[encoder,connector]", "encoder.layer=-2", "encoder.cache=off", "optim.steps=2")
+    codes, logs = run_two_processes([sys.executable, "-m", "aimv2_vlm", *words], tmp_path)
+    assert codes == [0, 0], logs
+    before, after = load_file(tiny_encoder / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    names = {name: next(other for other in after if other.endswith(f"vision_tower.{name}")) for name in before}
+    changed = {name for name, other in names.items() if not torch.equal(before[name], after[other])}
+    last = max(int(name.split(".")[2]) for name in before if name.startswith("encoder.layers."))
+    assert changed == {name for name in before if not name.startswith((f"encoder.layers.{last}.", "rms_norm."))}
 
 
 def test_a_picture_that_no_row_holds_is_refused_at_the_start(scenes_root, tiny_encoder, tmp_path):

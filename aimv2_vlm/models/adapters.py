@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from aimv2_vlm.config import Adapter, LanguageModel, UserError
-from aimv2_vlm.models.assistant import ADAPTER_PIECES, is_adapter, part_of
+from aimv2_vlm.models.assistant import ADAPTER_PIECES, encoder_parameters_read, is_adapter, part_of
 from aimv2_vlm.models.checkpoints import name_some, read_json, read_safetensors
 from aimv2_vlm.models.llava_format import load_connector
 
@@ -370,8 +370,9 @@ def check_plan(assistant: nn.Module, adapter: Adapter, llm: LanguageModel, train
     demand(f"quantised layers (llm.quantization: {llm.quantization})", compressed, linears if llm.quantization != "none" else set())
     found = {name.rsplit(f".{piece}.", 1)[0] for name in named for piece in ADAPTER_PIECES if f".{piece}." in name}
     demand(f"adapters (adapter.kind: {adapter.kind})", found, adapted)
-    learns: Callable[[str], bool] = lambda name: part_of(name) in trainable and (  # noqa: E731
-        adapter.kind == "none" or part_of(name) != "llm" or is_adapter(name))
+    read = encoder_parameters_read(assistant) if "encoder" in trainable else set()
+    learns: Callable[[str], bool] = lambda name: part_of(name) in trainable and {  # noqa: E731
+        "encoder": named[name] in read, "connector": True, "llm": adapter.kind == "none" or is_adapter(name)}[part_of(name)]
     demand("trainable parameters", {n for n, p in named.items() if p.requires_grad}, {n for n in named if learns(n)})
     newline = {"model.image_newline"} if getattr(assistant.model, "image_newline", None) is not None else set()
     kept = assistant.state_dict().keys()

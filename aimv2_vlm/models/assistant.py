@@ -411,7 +411,7 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and (not adapted or part_of(name) != "llm" or is_adapter(name)))
     if "encoder" in parts:
-        read = _parameters_read(model)
+        read = encoder_parameters_read(model)
         for parameter in _assistant(model).model.vision_tower.parameters():
             parameter.requires_grad_(parameter in read)
     for name, parameter in model.named_parameters():
@@ -420,9 +420,18 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
     return counts
 
 
-def _parameters_read(model: nn.Module) -> set[nn.Parameter]:
-    """Trainable parameters that the encoder's features depend on, by the graph of one view."""
-    features = encode_views(model, _nothing(_assistant(model)))
+@torch.enable_grad()
+def encoder_parameters_read(model: nn.Module) -> set[nn.Parameter]:
+    """The encoder's parameters that its features depend on, by the graph of one view."""
+    assistant = _assistant(model)
+    learned = {parameter: parameter.requires_grad for parameter in assistant.model.vision_tower.parameters()}
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        features = encode_views(model, _nothing(assistant))
+    finally:
+        for parameter, learns in learned.items():
+            parameter.requires_grad_(learns)
     found, seen, left = set(), set(), [features.grad_fn]
     while left:
         node = left.pop()
