@@ -181,6 +181,10 @@ def test_templates_and_names_are_checked(tmp_path):
     for wordless in ("17", "n01440764"):
         with pytest.raises(UserError, match=f"class_names: null, but {wordless} of the classes says nothing to a text tower; give a file"):
             zeroshot.read_class_names(None, ["apple_pie", wordless])
+    (tmp_path / "cranes.txt").write_text("n1\tcrane\nn2\tCrane\n")
+    for source, twins in ((None, ["ice-cream", "ice_cream"]), (str(tmp_path / "cranes.txt"), ["n1", "n2"])):
+        with pytest.raises(UserError, match=f"classes {twins[0]} and {twins[1]} are both called"):
+            zeroshot.read_class_names(source, twins)
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "captions": []}\n')
     for call, word in ((lambda: zeroshot.read_templates(["a photo"]), "holds no {}"), (lambda: zeroshot.read_templates([]), "templates"),
                        (lambda: zeroshot.read_class_names(str(tmp_path / "names.txt"), ["n09"]), "no name for n09"),

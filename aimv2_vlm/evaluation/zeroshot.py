@@ -288,12 +288,13 @@ def read_class_names(file: str | None, classes: Sequence[str]) -> dict[str, str]
     """Class of the data set -> its name in words. Without a file: what the set calls it, underscores and hyphens as spaces.
 
     file: a JSON mapping (or list, in the order of the sorted classes: 2 before 10 where all are numbers), or lines of `class<TAB>name`. It may name more classes than the
-    pictures have: they compete too. Raises UserError where a class has no name, or only a number or a WordNet id.
+    pictures have: they compete too. Raises UserError where a class has no name, or only a number or a WordNet id, or the
+    name of another.
     """
     if file is None:
         if wordless := [label for label in classes if re.fullmatch(r"[\d\W_]*|n\d{8}", label)]:
             raise UserError(f"class_names: null, but {', '.join(wordless[:4])} of the classes says nothing to a text tower; give a file of their names")
-        return {label: label.replace("_", " ").replace("-", " ") for label in classes}
+        return _told_apart({label: label.replace("_", " ").replace("-", " ") for label in classes}, "null")
     if file.endswith(".json"):
         try:
             found = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -310,7 +311,16 @@ def read_class_names(file: str | None, classes: Sequence[str]) -> dict[str, str]
         raise UserError(f"class_names: {file}: expected a mapping of classes to names")
     if missing := [label for label in classes if not found.get(label)]:
         raise UserError(f"class_names: {file}: no name for {', '.join(missing[:4])}")
-    return found
+    return _told_apart(found, file)
+
+
+def _told_apart(names: dict[str, str], source: str) -> dict[str, str]:
+    """Raises UserError where two classes have one name: their scores tie, so neither would ever be right."""
+    first: dict[str, str] = {}
+    for label, name in names.items():
+        if (other := first.setdefault(" ".join(name.lower().split()), label)) != label:
+            raise UserError(f"class_names: {source}: classes {other} and {label} are both called {name!r}, which no text tower tells apart; give them names of their own")
+    return names
 
 
 def _lines(file: str, key: str) -> Iterator[str]:
