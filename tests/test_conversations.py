@@ -47,6 +47,7 @@ BAD = [
     ("bad_image_field", row("q", "a", image=["a.png", None])),
     ("bad_image_field", row("q", "a", image=["a.png", ""])),
     ("bad_image_field", row("q", "a", image={"path": "a.png"})),
+    ("bad_image_field", row("q", "a", image=None, images=[{"path": "a.png"}])),
     ("bad_image_field", {"images": [{"path": "a.png"}], **{k: v for k, v in row("q", "a").items() if k != "image"}}),
     ("no_conversation", {"id": 1, "image": "a.png"}),
     ("no_conversation", row()),
@@ -104,6 +105,12 @@ def test_all_ways_to_say_that_there_is_no_image(image):
     without = row("q", "a")
     del without["image"]
     assert parse_row(without, 0).images == ()
+
+
+def test_a_row_without_image_may_call_them_images():
+    assert parse_row(row("q", "a", image=None, images=["b.png"]), 0).images == ("b.png",)
+    assert parse_row(row("q", "a", image="a.png", images=["b.png"]), 0).images == ("a.png",)
+    assert parse_row(row("q", "a", image="", images=["b.png"]), 0).images == ()
 
 
 @pytest.mark.parametrize(

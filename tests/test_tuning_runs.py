@@ -141,6 +141,12 @@ def test_a_picture_that_no_row_holds_is_refused_at_the_start(scenes_root, tiny_e
     assert "data.max_length: rows of 20 tokens, but a picture alone takes 24; raise it" in line
 
 
+def test_rows_that_hold_no_picture_may_be_shorter_than_one(scenes_root, tiny_encoder, tmp_path):
+    rows = [{"id": i, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]} for i in range(8)]
+    (tmp_path / "text.json").write_text(json.dumps(rows), encoding="utf-8")
+    run_cli(*tuning(scenes_root, tiny_encoder, tmp_path / "run", "tiling.grid=3x3", "data.max_length=40", f"data.sources=[{{path: {tmp_path / 'text.json'}}}]", "optim.steps=2", grid="2x2"))
+
+
 def test_a_checkpoint_is_compared_by_what_it_knows_of():
     old = {"seed": 0, "rows": 5, "sources": {"a": "x"}}
     assert run.compare_conversations(old, old | {"frozen": {"encoder": "y"}}) == []

@@ -115,7 +115,7 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
 
     if row.get("video"):
         return reject("video")
-    images = _images(row.get("image", row.get("images")))
+    images = _images(row.get("images") if row.get("image") is None else row["image"])
     if images is None:
         return reject("bad_image_field")
     turns = row.get("conversations")

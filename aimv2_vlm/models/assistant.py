@@ -332,7 +332,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")  # transformers' names of h
 def _short_windows(language_model: nn.Module, num_tokens: int) -> Iterator[None]:
     """A decoder whose layers with a window see `num_tokens` only, so that a few tokens tell how windows are treated."""
     set_by = [(owner, name, window) for owner in (language_model.config, *language_model.modules()) for name in WINDOWS
-              if isinstance(window := getattr(owner, name, None), int)]
+              if type(window := getattr(owner, name, None)) is int]
     try:
         for owner, name, _ in set_by:
             setattr(owner, name, num_tokens)

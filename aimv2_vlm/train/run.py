@@ -447,7 +447,7 @@ def sft(recipe: SftRecipe, restart: bool = False) -> Path:
             assistant, processor = seeded(recipe.seed, rebuild)
             tiling = Tiling.from_processor(processor, recipe.tiling.source_size)
             check_context(assistant, tiling.max_image_tokens, 1)
-            check_pictures_fit(recipe, assistant, tiling)
+            check_pictures_fit(recipe, assistant, tiling, conversations)
             report_parts(set_trainable(assistant, recipe.trainable), placement)
             report_plan(recipe, assistant, placement)
             checkpoint.check_room(directory.checkpoints, assistant, schedule.steps, recipe.train, placement)
@@ -588,10 +588,12 @@ def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
     return min(recipe.data.max_length, getattr(assistant.config.text_config, "max_position_embeddings", recipe.data.max_length))
 
 
-def check_pictures_fit(recipe: SftRecipe, assistant: torch.nn.Module, tiling: Tiling) -> None:
-    """Raises UserError where no row with a picture could fit, of which every one would be left out at its turn."""
-    longest = max_length(recipe, assistant)
-    if not tiling.varies and tiling.max_image_tokens >= longest:
+def check_pictures_fit(recipe: SftRecipe, assistant: torch.nn.Module, tiling: Tiling, conversations: ConversationSet) -> None:
+    """Raises UserError where no row with a picture could fit and, by the first thousand, too many rows have one: each would be left out at its turn."""
+    longest, some = max_length(recipe, assistant), range(min(len(conversations), 1000))
+    if tiling.varies or tiling.max_image_tokens < longest:
+        return
+    if sum(bool(conversations[i].images) for i in some) > recipe.data.max_bad_fraction * len(some):
         raise UserError(f"data.max_length: rows of {longest} tokens, but a picture alone takes {tiling.max_image_tokens}; raise it "
                         f"(llm.max_positions too, where it is the limit), or make pictures shorter by tiling.grid or tiling.unshuffle=2")
 
