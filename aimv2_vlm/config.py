@@ -26,9 +26,9 @@ def choices(default: str, *allowed: str) -> Any:
     return field(default=default, metadata={"choices": allowed})
 
 
-def bounded(default: float | None, at_least: float | None = None, above: float | None = None, below: float | None = None) -> Any:
+def bounded(default: float | None, at_least: float | None = None, above: float | None = None, below: float | None = None, at_most: float | None = None) -> Any:
     """A number within these bounds (of a list: each of its numbers), checked when a recipe is read."""
-    return field(default=default, metadata={"bounds": (at_least, above, below)})
+    return field(default=default, metadata={"bounds": (at_least, above, below, at_most)})
 
 
 # ------------------------------------------------------------------------------------------------ shared by training runs
@@ -57,7 +57,7 @@ class Optimizer:
     epochs: float | None = bounded(None, above=0)  # instead of `steps`: passes over the data
     batch_size: int = bounded(8192, at_least=1)  # samples of one optimizer step, over all processes
     micro_batch_size: int = bounded(64, at_least=0)  # samples of one forward pass of one process (0: its whole share); never changes the gradient
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"bounds": (0, None, 1), "length": 2})
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"bounds": (0, None, 1, None), "length": 2})
     eps: float = bounded(1e-8, above=0)
     weight_decay: float = bounded(1e-4, at_least=0)
     decoupled: bool = True  # decay = weight_decay * lr_t / lr_peak (Table A1); false: torch's lr_t * weight_decay (C1)
@@ -416,7 +416,7 @@ class ProbeSettings:
 
     cache_dtype: str = choices("fp32", "fp32", "fp16")  # of cached features
     augment: ProbeAugmentation = field(default_factory=ProbeAugmentation)
-    crop_fraction: float = 0.875  # evaluation: the shorter side becomes size / crop_fraction before the centre crop
+    crop_fraction: float = bounded(0.875, above=0, at_most=1)  # evaluation: the shorter side becomes size / crop_fraction before the centre crop
     optim: Optimizer = field(
         default_factory=lambda: Optimizer(
             lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=0, epochs=100, batch_size=512, micro_batch_size=512,
@@ -496,7 +496,7 @@ class ZeroShotConfig(Common):
     data_sets: list[ZeroShotData] = field(default_factory=list)
     templates: Any = field(default_factory=lambda: ["a photo of a {}.", "a close-up of a {}.", "a picture showing the {}.", "a {} seen from the side.",
                                                     "a drawing of a {}.", "one {} among other things."])
-    crop_fraction: float = 1.0  # the shorter side becomes size / crop_fraction before the centre crop
+    crop_fraction: float | None = bounded(None, above=0, at_most=1)  # the shorter side becomes size / crop_fraction before the centre crop; null: 1, and no crop where the model's processor squashes (SigLIP)
     batch_size: int = 64
 
 

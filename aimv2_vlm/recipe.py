@@ -217,8 +217,9 @@ def _check_numbers(value: Any, metadata: typing.Mapping[str, Any], name: str, fi
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if len(numbers) != metadata.get("length", len(numbers)):
         raise UserError(f"{file}: {name}: expected {metadata['length']} numbers, got {shown(value)}")
-    at_least, above, below = metadata.get("bounds", (None, None, None))
-    rules = ((at_least, "at least", operator.ge), (above, "above", operator.gt), (below, "below", operator.lt))
+    at_least, above, below, at_most = metadata.get("bounds", (None,) * 4)
+    rules = ((at_least, "at least", operator.ge), (above, "above", operator.gt), (below, "below", operator.lt),
+             (at_most, "at most", operator.le))
     for words, holds, bound in ((words, holds, bound) for bound, words, holds in rules if bound is not None):
         if not all(holds(number, bound) for number in numbers):
             raise UserError(f"{file}: {name}: must be {words} {bound:g}, got {shown(value)}")

@@ -257,7 +257,15 @@ def test_means_have_lmms_evals_clustered_error():
     assert (high - low) / 2 == pytest.approx(196 * error) and (low + high) / 2 == pytest.approx(100 * scores.mean())
     drawn = metrics.bootstrap_interval(scores, [row["picture_id"] for row in rows])
     assert (low / 100, high / 100) == pytest.approx(drawn, abs=0.015), "the bootstrap over pictures says the same"
-    assert metrics.score_interval("anls", [1.0, 1.0], rows[:2]) == (100, 100) and metrics.score_interval("anls", [1.0], rows[:1]) == (100, 100)
+
+
+def test_all_right_is_no_certainty():
+    """An error or a bootstrap would have no width there; Wilson's interval of as many pictures has one, whatever their questions."""
+    rows = [{"picture_id": i // 4} for i in range(40)]
+    low, high = metrics.score_interval("anls", [1.0] * 40, rows)
+    assert high == 100 and low == pytest.approx(100 / (1 + 1.959964**2 / 10), abs=1e-3)
+    assert metrics.score_interval("anls", [0.0] * 40, rows) == pytest.approx((0, 100 - low))
+    assert metrics.all_or_none_interval([1.0, 0.0], "ab") is None and metrics.all_or_none_interval([0.5, 0.5], "ab") is None
 
 
 def test_paired_tests_are_lmms_evals_where_pictures_have_one_question_and_wider_where_they_have_more():

@@ -452,10 +452,10 @@ def test_selection_never_sees_test_and_test_is_judged_by_the_chosen_point(encode
 def test_keys_that_do_not_go_together_are_refused_before_anything_is_read(encoder_path, tmp_path):
     good = a_recipe(encoder_path, tmp_path / "nothing", tmp_path / "run")
     for section, key, value, word in (("optim", "micro_batch_size", 8, "batch norm"), ("encoder", "cache", "on", "cache: on"),
-                                      ("encoder", "path", "", "encoder.path"), ("", "crop_fraction", 0.0, "crop_fraction")):
+                                      ("encoder", "path", "", "encoder.path")):
         recipe = copy.deepcopy(good)
         recipe.augment.policy = "rand-m9-mstd0.5-inc1"
-        setattr(getattr(recipe, section) if section else recipe, key, value)
+        setattr(getattr(recipe, section), key, value)
         with pytest.raises(UserError, match=word):
             probing.probe(recipe)
     assert not (tmp_path / "run").exists()

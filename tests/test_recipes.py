@@ -129,6 +129,13 @@ def test_wrong_recipes_are_refused_naming_file_and_key(tmp_path, text, overrides
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "wrong"), [("probing", "0"), ("probing", "1.5"), ("zero_shot", "-1"), ("zero_shot", "2")])
+def test_a_crop_is_a_share_of_a_pictures_side(tmp_path, kind, wrong):
+    with pytest.raises(UserError, match="crop_fraction: must be (above 0|at most 1)"):
+        load("eval", write(tmp_path, f"kind: {kind}\ncrop_fraction: {wrong}\n"))
+    assert load("eval", write(tmp_path, f"kind: {kind}\ncrop_fraction: 1\n")).crop_fraction == 1
+
+
 def test_a_missing_data_root_is_named(tmp_path):
     with pytest.raises(UserError, match="data_root"):
         recipes.load_recipe("pretrain", str(write(tmp_path, 'data: {sources: [{path: "{data_root}/x.tar"}]}\n')), [])

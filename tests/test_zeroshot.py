@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import run_cli
+from PIL import Image
 from test_probe import COLORS, picture
 
 from aimv2_vlm.config import TextTower, UserError, ZeroShotConfig, ZeroShotData
 from aimv2_vlm.data.captions import train_clip_tokenizer
+from aimv2_vlm.data.labelled import Picture, file_digest
 from aimv2_vlm.evaluation import zeroshot
 from aimv2_vlm.models.contrastive import TwoTowerForPreTraining
 from aimv2_vlm.models.encoder import build_encoder
@@ -52,8 +54,9 @@ def models(tokenizer, tmp_path_factory) -> dict[str, Path]:
     clip.save_pretrained(root / "clip")
     siglip = transformers.SiglipModel(transformers.SiglipConfig(text_config=SIZES | ids | {"max_position_embeddings": CONTEXT}, vision_config=vision))
     siglip.save_pretrained(root / "siglip")
-    for kind in ("clip", "siglip"):
-        transformers.CLIPProcessor(image_processor=image, tokenizer=stock).save_pretrained(root / kind)
+    squashing = transformers.SiglipImageProcessor(size={"height": 28, "width": 28}, resample=3)
+    for kind, its in (("clip", image), ("siglip", squashing)):
+        transformers.CLIPProcessor(image_processor=its, tokenizer=stock).save_pretrained(root / kind)
     return {kind: root / kind for kind in ("aimv2", "clip", "siglip")}
 
 
@@ -94,10 +97,30 @@ def test_embeddings_are_the_stock_models(kind, models):
     assert len(towers.tokens(["<|endoftext|> red"])["input_ids"][0]) > 4  # a special token typed in a text is text
 
 
+@pytest.mark.parametrize("kind", ["aimv2", "clip", "siglip"])
+def test_pictures_are_prepared_as_the_checkpoints_own_processor_does(kind, models, tmp_path):
+    """SigLIP's squashes the whole picture; a crop would hide what lies left and right."""
+    for number, size in enumerate([(80, 40), (35, 70)]):  # no middle between two pixels: torchvision and transformers round that to different ones
+        image = Image.linear_gradient("L").resize(size).convert("RGB")
+        image.paste((200, 30, 60), (0, 0, 9, 9))
+        image.save(tmp_path / f"{number}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    stock = transformers.AutoImageProcessor.from_pretrained(models[kind])
+    wanted = stock([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    towers, seen = towers_of(models[kind]), []
+    towers.model.vision_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    pictures = [Picture(file.name, "", file, file_digest(file)) for file in files]
+    zeroshot.embed_pictures(towers, pictures, ZeroShotConfig())
+    levels = 255 * torch.tensor(stock.image_std).view(3, 1, 1)
+    assert ((seen[0] - wanted) * levels).abs().max() <= 1.01  # of 255: resize rounds once here
+    cropped = zeroshot.embed_pictures(towers, pictures, ZeroShotConfig(crop_fraction=1.0)) and seen[-1]
+    assert (cropped - seen[0]).abs().max() > 1 if kind == "siglip" else torch.equal(cropped, seen[0])
+
+
 class FixedTowers:
     """Stands for a model that knows colours: embeddings are given, everything around them is the real thing."""
 
-    kind, image_size, canonical, placement = "clip", 28, False, Placement("single", "fp32")
+    kind, image_size, canonical, placement, whole_pictures = "clip", 28, False, Placement("single", "fp32"), False
 
     def pictures(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(pixels.float().mean((2, 3)) - 110, dim=-1)
@@ -122,7 +145,7 @@ def test_classes_are_found_by_their_names_and_wrong_names_are_not(colors, tmp_pa
     config = ZeroShotConfig()
     data = ZeroShotData(path=str(colors))
     columns, samples = zeroshot.classify(FixedTowers(), data, ["a {} thing", "{}"], config)
-    assert columns["score"] == 100 and columns["num_classes"] == 3 and columns["num_questions"] == 18 and columns["interval"] == [100, 100]
+    assert columns["score"] == 100 and columns["num_classes"] == 3 and columns["num_questions"] == 18 and columns["interval"] == [pytest.approx(100 * 18 / (18 + 1.96**2), abs=0.01), 100]
     (tmp_path / "names.json").write_text(json.dumps({"red": "red", "green": "blue", "blue": "green"}))
     data.class_names = str(tmp_path / "names.json")
     columns, samples = zeroshot.classify(FixedTowers(), data, ["{}"], config)

@@ -276,13 +276,18 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side resized to `resize` (None: `size`), centre crop of `size` (torchvision's Resize and CenterCrop)."""
+    """Shorter side resized to `resize` (None: `size`), centre crop of `size` (torchvision's Resize and CenterCrop).
+
+    whole: no crop; both sides become `size` (what SigLIP's processor does)."""
 
     size: int
     resize: int | None = None
+    whole: bool = False
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 (3, H, W) -> uint8 (3, size, size)."""
+        if self.whole:
+            return resize(image, (self.size, self.size))
         height, width = image.shape[1:]
         short, resized = min(height, width), self.resize or self.size
         height, width = resized * height // short, resized * width // short

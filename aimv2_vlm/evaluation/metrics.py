@@ -352,12 +352,31 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(num_correct, num_samples).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def all_or_none_interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float] | None:
+    """Wilson's interval over pictures where every score is 1 or every one 0, None elsewhere.
+
+    Neither a bootstrap nor a standard error has any width there, however few the pictures."""
+    if len(set(scores)) != 1 or scores[0] not in (0.0, 1.0):
+        return None
+    num = len(set(clusters))
+    return wilson_interval(num * int(scores[0]), num)
+
+
 def score_interval(
     metric: str, scores: Sequence[float], rows: Sequence[Mapping], seed: int = 0, num: int = 2000
 ) -> tuple[float, float]:
     """95 % interval of `benchmark_score`, in its unit, with pictures (`picture_id`) as clusters.
 
-    Means: lmms-eval's clustered standard error and the normal quantile, cut at 0 and 100. CIDEr and MME: bootstrap over pictures.
+    Means: lmms-eval's clustered standard error and the normal quantile, cut at 0 and 100; Wilson's interval where all are right
+    or all wrong. CIDEr and MME: bootstrap over pictures.
     """
     clusters = [str(row["picture_id"]) for row in rows]
     if metric == "cider":
@@ -366,6 +385,8 @@ def score_interval(
     if metric == "mme":
         low, high = np.quantile(_mme_totals(scores, rows, _mme_draws(rows, num, seed)), [0.025, 0.975])
         return float(low), float(high)
+    if found := all_or_none_interval(scores, clusters):
+        return 100.0 * found[0], 100.0 * found[1]
     mean, error = float(np.mean(scores)), clustered_error(scores, clusters)
     low, high = (mean, mean) if np.isnan(error) else (mean - 1.96 * error, mean + 1.96 * error)
     return 100.0 * max(0.0, low), 100.0 * min(1.0, high)

@@ -45,6 +45,7 @@ from aimv2_vlm.data.labelled import (
 from aimv2_vlm.data.native import WholePicture
 from aimv2_vlm.data.transforms import EvalTransform
 from aimv2_vlm.evaluation.cells import Cell, check_names, checkpoint_content, known_before, run_cells
+from aimv2_vlm.evaluation.metrics import wilson_interval
 from aimv2_vlm.evaluation.sweep import digest_checkpoint, mean_tokens
 from aimv2_vlm.models.assistant import image_statistics
 from aimv2_vlm.models.backbone import PROCESSOR_FILES, load_backbone
@@ -269,8 +270,6 @@ def check_probe(recipe: ProbeRecipe, placement: Placement) -> None:
         raise UserError("grid: every point is a pair of lr and weight_decay, e.g. [[1e-3, 0.05], [1e-3, 0.1]]")
     if recipe.encoder.cache == "on" and recipe.augment.policy != "none":
         raise UserError(f"encoder.cache: on, but augment.policy {recipe.augment.policy} shows every picture anew each time; set one to off or none")
-    if not 0 < recipe.crop_fraction <= 1:
-        raise UserError(f"crop_fraction: {recipe.crop_fraction:g} is no share of a picture's side")
 
 
 class Material:
@@ -417,14 +416,6 @@ def _verdict(data: LabelledDataset, was_judged: torch.Tensor, right: torch.Tenso
         per_class[picture.label]["num_correct"] += was_right
     return {"accuracy": correct / num, "low": low, "high": high, "loss": entropy / num, "num_samples": num, "num_correct": correct,
             "per_class": per_class, "num_bad": len(bad), "bad": bad[:1000]}
-
-
-def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(num_correct, num_samples).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 # ------------------------------------------------------------------------------------------------------------ the probe

@@ -27,10 +27,10 @@ from aimv2_vlm.data.labelled import LabelledDataset, Picture, file_digest, read_
 from aimv2_vlm.data.recognition import find_data_set
 from aimv2_vlm.data.transforms import EvalTransform
 from aimv2_vlm.evaluation.cells import Cell, check_names, checkpoint_content, known_before, run_cells
-from aimv2_vlm.evaluation.metrics import bootstrap_interval
+from aimv2_vlm.evaluation.metrics import all_or_none_interval, bootstrap_interval
 from aimv2_vlm.evaluation.probing import content_hash, split_content
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
-from aimv2_vlm.models.assistant import image_statistics
+from aimv2_vlm.models.assistant import image_processor_values
 from aimv2_vlm.models.backbone import PROCESSOR_FILES, open_whole
 from aimv2_vlm.models.contrastive import make_text_causal
 from aimv2_vlm.models.encoder import locate
@@ -64,7 +64,10 @@ class TwoTowers:
         self.model, self.placement, self.batch_size = model.to(placement.device).eval(), placement, batch_size
         self.canonical = _canonicalizes(folder) if canonical is None else canonical
         self.image_size = model.config.vision_config.image_size
-        self.normalize = Normalization(*image_statistics(folder))
+        processor = image_processor_values(folder)
+        self.normalize = Normalization(list(processor["image_mean"]), list(processor["image_std"]))
+        # SigLIP's processor squashes a picture, those of AIMv2 and CLIP crop it.
+        self.whole_pictures = isinstance(processor.get("size"), dict) and "height" in processor["size"] and not processor.get("do_center_crop")
         positions = model.config.text_config.max_position_embeddings
         # Apple's and CLIP's 77 positions are all for text; ours has one more than a text may have, for a pad.
         self.max_length = positions - 1 if self.kind == "aimv2" and positions != 77 else positions
@@ -162,12 +165,13 @@ def _content(data: ZeroShotData) -> str:
 
 def _about(towers: TwoTowers, model: ZeroShotModel, data: ZeroShotData, config: ZeroShotConfig) -> dict[str, Any]:
     return {"model_path": model.path, "model_digest": digest_checkpoint(model.path), "encoder_kind": towers.kind, "image_size": towers.image_size,
-            "canonicalize": towers.canonical, "tiling": None, "source_size": None, "tokens_per_picture": None, "data": data.path, "crop_fraction": config.crop_fraction,
+            "canonicalize": towers.canonical, "tiling": None, "source_size": None, "tokens_per_picture": None, "data": data.path, "crop_fraction": _crop_fraction(towers, config),
             "seed": config.seed, "precision": towers.placement.precision}
 
 
 def classify(towers: TwoTowers, data: ZeroShotData, templates: Sequence[str], config: ZeroShotConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(a ledger row's columns, each picture's outcome) of the test split: top-1 and top-5, intervals by bootstrap over pictures."""
+    """(a ledger row's columns, each picture's outcome) of the test split: top-1 and top-5, intervals by bootstrap over pictures
+    (Wilson's where all are right or all wrong)."""
     pictures = read_split(data, data.test)
     classes = sorted({picture.label for picture in pictures})
     names = read_class_names(data.class_names, classes)
@@ -220,15 +224,22 @@ def retrieve(towers: TwoTowers, data: ZeroShotData, config: ZeroShotConfig) -> t
     return columns, samples
 
 
+def _crop_fraction(towers: TwoTowers, config: ZeroShotConfig) -> float | None:
+    """None: the whole picture is squashed."""
+    return (None if towers.whole_pictures else 1.0) if config.crop_fraction is None else config.crop_fraction
+
+
 def _points(scores: np.ndarray, clusters: Sequence[str], seed: int) -> tuple[float, list[float]]:
-    low, high = bootstrap_interval(scores, clusters, seed)
+    low, high = all_or_none_interval(scores, clusters) or bootstrap_interval(scores, clusters, seed)
     return round(100 * float(np.mean(scores)), 4), [round(100 * low, 4), round(100 * high, 4)]
 
 
 def embed_pictures(towers: TwoTowers, pictures: Sequence[Picture], config: ZeroShotConfig) -> tuple[torch.Tensor, list[int], list[str]]:
     """(embeddings (I, E) of the pictures that can be decoded, their numbers, 'name: reason' of the others). UserError where none can."""
     size = towers.image_size
-    rows = LabelledDataset(pictures, sorted({p.label for p in pictures}), 0, EvalTransform(size, int(size / config.crop_fraction)))
+    fraction = _crop_fraction(towers, config)
+    transform = EvalTransform(size, whole=True) if fraction is None else EvalTransform(size, int(size / fraction))
+    rows = LabelledDataset(pictures, sorted({p.label for p in pictures}), 0, transform)
     parts, kept, bad = [], [], []
     bar = Progress("encoding pictures", len(pictures), enabled=towers.placement.is_main, unit="pictures")
     for start in range(0, len(pictures), config.batch_size):

@@ -115,6 +115,12 @@ def build_assistant(
 
 def image_statistics(path: str | Path) -> tuple[list[float], list[float]]:
     """(mean, std) that belong to an encoder's checkpoint, from its processor's file. Raises UserError."""
+    config = image_processor_values(path)
+    return list(config["image_mean"]), list(config["image_std"])
+
+
+def image_processor_values(path: str | Path) -> dict[str, Any]:
+    """What the processor's file of a checkpoint says of pictures. Raises UserError for one without mean and deviation."""
     from aimv2_vlm.models.backbone import PROCESSOR_FILES
     from aimv2_vlm.models.encoder import locate
 
@@ -127,7 +133,7 @@ def image_statistics(path: str | Path) -> tuple[list[float], list[float]]:
             continue
         config = config.get("image_processor", config)
         if "image_mean" in config and "image_std" in config:
-            return list(config["image_mean"]), list(config["image_std"])
+            return config
     raise UserError(f"{folder}: no preprocessor_config.json with image_mean and image_std; give them by hand")
 
 
