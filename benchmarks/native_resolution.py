@@ -1,12 +1,13 @@
 """Miniature of Table 6: encoders trained at one size or at native resolution, each probed at every size: the whole 3 x 3 grid.
 
-    python benchmarks/native_resolution.py [--out runs/native_resolution] [--trunk 2400] [--steps 800] [--seeds 1 2 3] [--jobs N]
+    python benchmarks/native_resolution.py [--out runs/native_resolution] [--trunk 2400] [--steps 800] [--seeds 1 2 3] [--rates 2e-4 4e-4 8e-4] [--jobs N]
 
 As in Table 6 the rows go on from one encoder, a seed's trunk: mini_aimv2 with sin-cos positions, --trunk steps at 56 px. Rows: fixed 56 px, fixed
 112 px, native (16 to 64 patches of 14 px), each in an order of its own. With --trunk 0 they are all trained from scratch, from the same initial
 tensors (learned positions resized), beside fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up.
 Every row makes about as many updates (--steps) of as many patches (512, of which native leaves some 15 % empty); learning rates as in benchmarks/objectives.py
-(the held-out pictures of the native row are shown at 56 px; one seed's loss tells rates apart no better than that seed's noise).
+(the held-out pictures of the native row are shown at 56 px; one seed's loss tells rates apart no better than that seed's noise). One rate in
+--rates is every row's.
 Columns: pictures at 56 px, at 112 px, and native: each as it is stored (detail pictures have 56 px, scenes 112; the embedded pictures are square, so
 sizes differ here and aspects do not). A fixed encoder with learned positions gets them resized to the size it is probed at. Each kind of picture
 has its own probe at each size; a cell is their accuracy over all pictures.
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--trunk", type=int, default=2400, help="steps of the encoder that all rows go on from; 0: rows from scratch (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="of 32 pictures of 16 patches: what every row spends (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=float, nargs="+", default=list(objectives.LEARNING_RATES), help="learning rates to choose from; one: no choice (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the judged pictures (default: %(default)s)")
@@ -149,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = arguments.out / "data"
     demo.write_shards(data)
-    run(arguments, {"train": 2400, "judged": 2000}, objectives.LEARNING_RATES, {}, data)
+    run(arguments, {"train": 2400, "judged": 2000}, tuple(arguments.rates), {}, data)
 
 
 if __name__ == "__main__":
