@@ -536,6 +536,6 @@ class ScalingConfig:
     samples: list[int] = field(default_factory=list)  # pictures seen where a cooldown begins; the last one ends the long run
     cooldown_fraction: float = 0.2
     cooldown_min_lr: float = 1e-6
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"bounds": (0, None, 2**32, None)})
     repeats: str = choices("refuse", "refuse", "allow")  # samples that come again within a run; allow: the results say so
     resamples: int = 1000  # of held-out pictures and seeds, for the intervals

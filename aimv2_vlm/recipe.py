@@ -140,7 +140,7 @@ def _load_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _count_steps(raw: dict[str, Any]) -> dict[str, Any]:
     """`optim.steps` with no `optim.epochs` beside it: the epochs of a base, of the recipe or of a default do not go before it."""
-    if isinstance(optim := raw.get("optim"), dict) and "steps" in optim:
+    if isinstance(optim := raw.get("optim"), dict) and optim.get("steps") is not None:
         optim.setdefault("epochs", None)
     return raw
 

@@ -1,13 +1,14 @@
 """Miniature of Table 6: encoders trained at one size or at native resolution, each probed at every size: the whole 3 x 3 grid.
 
-    python benchmarks/native_resolution.py [--out runs/native_resolution] [--trunk 2400] [--steps 800] [--seeds 1 2 3] [--rates 2e-4 4e-4 8e-4] [--jobs N]
+    python benchmarks/native_resolution.py [--out runs/native_resolution] [--trunk 2400] [--steps 800] [--seeds 1 2 3] [--rates 2e-4 4e-4 8e-4]
+                                           [--native-times 1] [--jobs N]
 
 As in Table 6 the rows go on from one encoder, a seed's trunk: mini_aimv2 with sin-cos positions, --trunk steps at 56 px. Rows: fixed 56 px, fixed
 112 px, native (16 to 64 patches of 14 px), each in an order of its own. With --trunk 0 they are all trained from scratch, from the same initial
 tensors (learned positions resized), beside fixed 56 px with sin-cos positions, so that positions and sizes are not mixed up.
 Every row makes about as many updates (--steps) of as many patches (512, of which native leaves some 15 % empty); learning rates as in benchmarks/objectives.py
 (the held-out pictures of the native row are shown at 56 px; one seed's loss tells rates apart no better than that seed's noise). One rate in
---rates is every row's.
+--rates is every row's. --native-times 4 gives the native row four times the patches: what it learns when its sizes need not share what one size gets.
 Columns: pictures at 56 px, at 112 px, and native: each as it is stored (detail pictures have 56 px, scenes 112; the embedded pictures are square, so
 sizes differ here and aspects do not). A fixed encoder with learned positions gets them resized to the size it is probed at. Each kind of picture
 has its own probe at each size; a cell is their accuracy over all pictures.
@@ -104,16 +105,19 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
     root, patches = arguments.out, arguments.steps * 32 * 16
     objectives.write_labelled(root / "labelled", arguments.split, counts, KINDS, TASKS)
     rows = FROM_TRUNK if arguments.trunk else FROM_SCRATCH
-    places = {(row, seed): root / f"seed_{seed}" / row for seed in arguments.seeds for row in rows}
+    times = {row: arguments.native_times if row == "native" else 1 for row in rows}
+    names = {row: row if times[row] == 1 else f"{row} x{times[row]}" for row in rows}
+    places = {(row, seed): root / f"seed_{seed}" / names[row] for seed in arguments.seeds for row in rows}
     trunks: dict[int, Path | None] = dict.fromkeys((0, *arguments.seeds))
     with Pool(arguments.jobs) as pool:
         if arguments.trunk:
             trunks = dict(zip(trunks, pool.run("trunks", [
                 (place := root / "trunks" / f"seed_{seed}", train_trunk, (place, data, seed, arguments.trunk, arguments.keys)) for seed in trunks]), strict=True))
-        losses = objectives.choose_rates(lambda points: pool.run("learning rates", [
-            (place := root / "rates" / f"{row} {rate:g}", held_out_loss_of, (place, data, trunks[0], row, patches, rate, arguments.keys)) for row, rate in points]), list(rows), rates)
+        losses = {row: {rates[0]: None} for row in rows} if len(rates) == 1 else objectives.choose_rates(lambda points: pool.run("learning rates", [
+            (place := root / "rates" / f"{names[row]} {rate:g}", held_out_loss_of, (place, data, trunks[0], row, times[row] * patches, rate, arguments.keys))
+            for row, rate in points]), list(rows), rates)
         judged = pool.run("rows of the grid", [
-            (place, judge_row, (place, data, trunks[seed], root / "labelled", row, seed, patches, next(iter(losses[row])), arguments.tasks, arguments.keys, optim))
+            (place, judge_row, (place, data, trunks[seed], root / "labelled", row, seed, times[row] * patches, next(iter(losses[row])), arguments.tasks, arguments.keys, optim))
             for (row, seed), place in places.items()])
     cells: dict[tuple[str, str, str], dict[int, dict[str, int]]] = {}
     for (row, seed), columns in zip(places, judged, strict=True):
@@ -128,10 +132,10 @@ def run(arguments: argparse.Namespace, counts: dict[str, int], rates: tuple[floa
         if other == "native":
             continue
         ours = cells["native", column, task]
-        names = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
-        mean, low, high = paired_difference([[ours[s][n] for n in names[s]] for s in ours], [[theirs[s][n] for n in names[s]] for s in ours], list(names.values()), seed=0)
+        both = {s: sorted(ours[s].keys() & theirs[s].keys()) for s in ours}
+        mean, low, high = paired_difference([[ours[s][n] for n in both[s]] for s in ours], [[theirs[s][n] for n in both[s]] for s in ours], list(both.values()), seed=0)
         against.setdefault(task, {}).setdefault(other, {})[column] = {"points": round(100 * mean, 1), "interval": [round(100 * low, 1), round(100 * high, 1)]}
-    line = {"name": f"native resolution, 3 x 3 grid, {'from one encoder' if arguments.trunk else 'from scratch'}", "trunk_steps": arguments.trunk, "keys": arguments.keys, "split": arguments.split, "seeds": arguments.seeds, "patches_spent": patches, "held_out_loss_by_lr": losses,
+    line = {"name": f"native resolution, 3 x 3 grid, {'from one encoder' if arguments.trunk else 'from scratch'}", "trunk_steps": arguments.trunk, "keys": arguments.keys, "split": arguments.split, "seeds": arguments.seeds, "patches_spent": patches, "native_times": arguments.native_times, "held_out_loss_by_lr": losses,
             "evaluations_of_each_run": 1, "grid": grid, "native_minus": against}
     record("native_resolution", line)
     return line
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="of 32 pictures of 16 patches: what every row spends (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=list(objectives.LEARNING_RATES), help="learning rates to choose from; one: no choice (default: %(default)s)")
+    parser.add_argument("--native-times", type=int, default=1, help="patches of the native row, times those of the others (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--keys", nargs="*", default=[], help="keys of every pre-training recipe (smaller models for a quick look)")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="of the judged pictures (default: %(default)s)")

@@ -111,6 +111,8 @@ def test_a_row_without_image_may_call_them_images():
     assert parse_row(row("q", "a", image=None, images=["b.png"]), 0).images == ("b.png",)
     assert parse_row(row("q", "a", image="a.png", images=["b.png"]), 0).images == ("a.png",)
     assert parse_row(row("q", "a", image="", images=["b.png"]), 0).images == ()
+    for other in (0, 3, {"count": 0}):  # a key of one's own, as any other
+        assert parse_row(row("q", "a", image=None, images=other), 0).images == ()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The label laws, for every template: prompts are prefixes, answers are learned exactly, rows give no special token."""
 
+import datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,6 +223,16 @@ def test_a_template_without_bos_gets_the_one_stock_processors_put_and_one_date_f
     row = chat.assemble(Conversation("row", (), (Turn("user", "Hi"), Turn("assistant", "yes")), None), [])
     assert decode(chat, row.ids).startswith(chat.tokenizer.bos_token + "<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
     assert row.ids.count(chat.tokenizer.bos_token_id) == 1
+
+
+def test_every_way_to_write_the_date_is_known_or_refused(formats):
+    _, processor = formats["own"]
+    asked = "%A, %a %-d %d %e %b %B %m %-m %y %Y %j %F %D %H:%M:%S %I %p %T"
+    own = "{{- strftime_now('" + asked + "') -}}" + CHATML
+    said = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, chat_template=chat_template("own", "<|image|>", own))
+    assert said.startswith(datetime.datetime(2024, 7, 26).strftime(asked) + "<|im_start|>user")
+    with pytest.raises(UserError, match="asks for %Z of today's date"):
+        chat_template("own", "<|image|>", own.replace("%T", "%Z"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

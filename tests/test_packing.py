@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -145,6 +146,52 @@ def test_a_last_block_of_other_names_is_computed_whole(kind):
     model._places, model._length = places, 9
     picked = llm.base_model(input_ids=ids).last_hidden_state[0, places]
     torch.testing.assert_close(picked, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_experts_that_return_their_routers_scores_too_are_put_back():
+    """GPT-OSS's last block computes what is read alone, as others do."""
+    llm = decoder("gpt_oss", "eager", num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4)
+    model = assistants.AssistantForTraining(Holder(llm))
+    ids, places = torch.randint(0, 50, (1, 9)), torch.tensor([2, 3, 7])
+    whole = llm.base_model(input_ids=ids).last_hidden_state[0, places]
+    seen = []
+    llm.base_model.layers[-1].mlp.router.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[-2]))
+    model._places, model._length = places, 9
+    torch.testing.assert_close(llm.base_model(input_ids=ids).last_hidden_state[0, places], whole, atol=1e-6, rtol=1e-6)
+    assert seen == [3]
+
+
+def test_a_decoder_whose_attention_does_not_run_with_rows_apart_is_refused_in_a_line():
+    """Falcon builds its mask by itself where its own sdpa is asked for."""
+    model = assistants.AssistantForTraining(Holder(decoder("falcon", new_decoder_architecture=True, num_kv_heads=2)))
+    with pytest.raises(UserError, match="FalconModel does not run with rows behind each other.*llm.attention=eager"):
+        assistants.check_rows_apart(model)
+
+
+def test_int8_layers_with_outliers_are_no_sign_of_rows_seen():
+    """LLM.int8() keeps columns in 16 bits that any token of a call makes large: a row rounds differently behind another."""
+    pytest.importorskip("bitsandbytes")
+    from aimv2_vlm.config import LanguageModel
+    from aimv2_vlm.models import adapters
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=50, hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4,
+                                  num_key_value_heads=2, eos_token_id=1, bos_token_id=2)
+    llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in llm.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.08)
+    holder = Holder(llm)
+    adapters.quantize(holder, LanguageModel(quantization="int8"), torch.float32)
+    model = assistants.AssistantForTraining(holder)
+    linear = holder.model.language_model.layers[0].mlp.down_proj
+    before = linear.state.threshold
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assistants, "_no_outliers", lambda module: contextlib.nullcontext())
+        with pytest.raises(UserError, match="sees the row before"):
+            assistants.check_rows_apart(model)
+    assistants.check_rows_apart(model)
+    assert linear.state.threshold == before > 0
 
 
 def test_chunks_of_the_vocabulary_head_change_nothing():

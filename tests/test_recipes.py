@@ -92,6 +92,7 @@ def test_steps_go_before_the_epochs_of_a_base_a_recipe_or_a_default(tmp_path):
     assert (recipe.optim.steps, recipe.optim.epochs) == (7, None)
     assert load("sft", write(tmp_path, "base: base.yaml\n"), "optim.lr=1").optim.epochs == 3
     assert load("sft", write(tmp_path, "base: base.yaml\n"), "optim.steps=7", "optim.epochs=2").optim.epochs == 2
+    assert load("sft", write(tmp_path, "base: base.yaml\noptim: {steps: null}\n")).optim.epochs == 3
     assert load("eval", write(tmp_path, "kind: probing\noptim: {steps: 7}\n")).optim.epochs is None
     assert load("eval", write(tmp_path, "kind: probing\n")).optim.epochs == 100
 

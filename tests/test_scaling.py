@@ -142,6 +142,8 @@ def test_samples_that_come_again_are_refused_or_said(config, scenes_root, tmp_pa
     ("samples=[32, 33]", ["samples", "steps [4, 4]"]),
     ("samples=[]", ["samples", "empty"]),
     ("seeds=[]", ["seeds", "empty"]),
+    ("seeds=[0,-1]", ["seeds", "at least 0"]),
+    ("seeds=[1180591620717411303424]", ["seeds", "below"]),
     ("cooldown_fraction=0", ["cooldown_fraction"]),
     ("recipe=", ["recipe"]),
     ("keys.optim.warmup_steps=1", ["warmup_steps", "10%", "5 steps"]),

@@ -74,11 +74,11 @@ def test_objectives_compares_arms_at_equal_samples_and_equal_operations_and_goes
         objectives.run(arguments, COUNTS | {"judged": 13}, (1e-3,), PROBE, scenes_root)
 
 
-@pytest.mark.parametrize("trunk", [2, 0])
-def test_native_resolution_fills_every_cell_of_its_grid(trunk, benchmarks, scenes_root, tmp_path):
+@pytest.mark.parametrize(("trunk", "times"), [(2, 1), (0, 2)])
+def test_native_resolution_fills_every_cell_of_its_grid(trunk, times, benchmarks, scenes_root, tmp_path):
     native = benchmarks("native_resolution")
     keys = [key for key in KEYS if not key.startswith(("image.size", "optim.micro_batch_size"))]
-    arguments = argparse.Namespace(out=tmp_path / "out", trunk=trunk, steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2, split="dev")
+    arguments = argparse.Namespace(out=tmp_path / "out", trunk=trunk, steps=2, seeds=[1], tasks=["texture"], keys=keys, jobs=2, split="dev", native_times=times)
     line = native.run(arguments, COUNTS, (1e-3,), PROBE, scenes_root)
     rows = native.FROM_TRUNK if trunk else native.FROM_SCRATCH
     assert line["trunk_steps"] == trunk and line["name"].endswith("from one encoder" if trunk else "from scratch")
@@ -86,10 +86,12 @@ def test_native_resolution_fills_every_cell_of_its_grid(trunk, benchmarks, scene
     assert {other: set(cells) for other, cells in line["native_minus"]["texture"].items()} == {row: {"56", "112", "native"} for row in rows if row != "native"}
     assert all(cell["interval"][0] <= cell["points"] <= cell["interval"][1] for cells in line["native_minus"]["texture"].values() for cell in cells.values())
     for row in rows:
-        run = tmp_path / "out" / "seed_1" / row / "run"
+        longer = times if row == "native" else 1
+        run = tmp_path / "out" / "seed_1" / (row if longer == 1 else f"{row} x{longer}") / "run"
         assert json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["step"] == 1
         recipe = load_recipe("pretrain", str(run / "recipe.yaml"))
         assert (recipe.encoder.path, recipe.decoder.path) == ((f"{tmp_path}/out/trunks/seed_1/run/final",) * 2 if trunk else (f"{run.parent}/start", None))
+        assert recipe.optim.steps >= 2 * longer
         assert recipe.encoder.position_embedding == ("learned" if not trunk and row in ("fixed 56", "fixed 112") else "sincos")
     spent = {row: native.patches_a_step(*rows[row]) for row in rows}
     assert spent.pop("native") == pytest.approx(512, rel=0.06) and set(spent.values()) == {512}

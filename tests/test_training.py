@@ -19,6 +19,9 @@ import transformers
 from conftest import TINY_PRETRAINING, TINY_TUNING, run_cli
 from safetensors.torch import load_file
 
+from aimv2_vlm.config import PretrainRecipe
+from aimv2_vlm.train import directory
+from aimv2_vlm.train.directory import RunDirectory
 from aimv2_vlm.train.metrics import TIMED
 
 
@@ -187,6 +190,27 @@ def test_restart_removes_no_folder_that_is_no_run(scenes_root, tmp_path):
     refused = run_cli(*pretraining(scenes_root, tmp_path / "home"), "--restart", check=False)
     assert refused.returncode == 2 and thesis.exists()
     assert "--restart removes what a run left, but this folder holds thesis and no environment.json of a run; choose another out=, or empty it" in refused.stderr
+
+
+def test_a_start_that_was_cut_short_anywhere_leaves_a_folder_that_restarts(tmp_path, monkeypatch):
+    """Whatever the order in which a file system lists a folder, a run's mark goes last; half a mark is none."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".environment.json.tmp").touch()
+    RunDirectory(tmp_path / "run", PretrainRecipe(), restart=True).close()
+    (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
+    listed = Path.iterdir
+
+    def refuse(place, *_, **__):
+        raise OSError(5, "Input/output error", str(place))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), key=lambda entry: entry.name != "environment.json")))
+        patch.setattr(directory.shutil, "rmtree", refuse)
+        with pytest.raises(OSError):
+            RunDirectory(tmp_path / "run", PretrainRecipe(), restart=True)
+    assert (tmp_path / "run" / "checkpoints").exists()
+    RunDirectory(tmp_path / "run", PretrainRecipe(), restart=True).close()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("restart", [True, False])

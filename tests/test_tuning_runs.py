@@ -114,6 +114,7 @@ def test_a_frozen_connector_that_changed_under_a_run_is_refused(scenes_root, tin
     sizes = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     tensors = {f"model.mm_projector.{name}": torch.randn(size) for name, size in sizes.items()}
     (tmp_path / "connector").mkdir()
+    save_file({"other": torch.zeros(3)}, tmp_path / "connector" / "model.safetensors")  # of a folder that holds more
     save = {"safetensors": save_file, "bin": torch.save}[form]
     path = tmp_path / "connector" / f"mm_projector.{form}"
     save(tensors, path)
@@ -145,6 +146,20 @@ def test_rows_that_hold_no_picture_may_be_shorter_than_one(scenes_root, tiny_enc
     rows = [{"id": i, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]} for i in range(8)]
     (tmp_path / "text.json").write_text(json.dumps(rows), encoding="utf-8")
     run_cli(*tuning(scenes_root, tiny_encoder, tmp_path / "run", "tiling.grid=3x3", "data.max_length=40", f"data.sources=[{{path: {tmp_path / 'text.json'}}}]", "optim.steps=2", grid="2x2"))
+
+
+def test_rows_whose_pictures_come_late_are_cut_before_them(scenes_root, tiny_encoder, tmp_path):
+    """Nothing of such a row is left out but what does not fit, and that is counted."""
+    folder = scenes_root / "conversations"
+    named = [row["image"] for row in json.loads((folder / "conversations.json").read_text(encoding="utf-8")) if isinstance(row.get("image"), str)][:8]
+    rows = [{"id": i, "image": [name, name], "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"},
+                                                               {"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "no"}]} for i, name in enumerate(named)]
+    (tmp_path / "late.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = tuning(scenes_root, tiny_encoder, tmp_path / "run", "tiling.grid=3x3", "data.max_length=40", "optim.steps=2", "train.log_every=1",
+                   f"data.sources=[{{path: {tmp_path / 'late.json'}, images: {folder / 'images'}}}]", grid="2x2")
+    run_cli(*words)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["bad_samples"] == 0 and first["truncated"] > 0
 
 
 def test_a_checkpoint_is_compared_by_what_it_knows_of():

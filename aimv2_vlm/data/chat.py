@@ -78,9 +78,10 @@ _FLATTEN = (
     "{%- set messages = flat.messages -%}"
 )
 # Templates that ask for today's date (Llama 3.1's) get the one that Llama 3.1 falls back to: a row is the same ids on every day.
-_DATE = "{%- macro strftime_now(format) -%}{{- format" + "".join(
-    f"|replace('%{code}', '{value}')" for code, value in {"d": "26", "b": "Jul", "B": "July", "m": "07", "y": "24", "Y": "2024"}.items()
-) + " -}}{%- endmacro -%}"
+_DAY = {"d": "26", "e": "26", "-d": "26", "b": "Jul", "B": "July", "m": "07", "-m": "7", "y": "24", "Y": "2024", "a": "Fri", "A": "Friday", "j": "208",
+        "F": "2024-07-26", "D": "07/26/24", "H": "00", "I": "12", "M": "00", "S": "00", "p": "AM", "T": "00:00:00"}
+_DATE = ("{%- macro strftime_now(format) -%}{{- format" + "".join(f"|replace('%{code}', '{value}')" for code, value in _DAY.items())
+         + " -}}{%- endmacro -%}")
 
 
 def chat_template(kind: str, image_token: str, own: str | None = None) -> str:
@@ -95,6 +96,10 @@ def chat_template(kind: str, image_token: str, own: str | None = None) -> str:
             raise UserError(
                 "llm.template: own, but the decoder's tokenizer has no chat template; name llama3, vicuna or plain"
             )
+        asked = re.findall(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1", own)
+        if unknown := [code for _, text in asked for code in re.findall(r"%(-?.)", text) if code not in _DAY]:
+            raise UserError(f"llm.template: own: the decoder's template asks for %{unknown[0]} of today's date, which is none of "
+                            f"{', '.join('%' + code for code in _DAY)}; name llama3, vicuna or plain")
         body = _DATE * ("strftime_now" in own) + own
     elif kind in _TEMPLATES:
         body = _TEMPLATES[kind]

@@ -37,7 +37,7 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NO_IMAGE = {"", "None", "none", "nan"}
 FORMATS = ("conversations", *PARSERS)
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 PARALLEL_ROWS = 100_000  # below this, starting processes takes longer than judging
 MOST_NAMES = 500_000  # pictures remembered while a file is judged; those of more rows are looked for again
 
@@ -96,6 +96,11 @@ class Conversation:
     def texts(self) -> list[str]:
         return [turn.text for turn in self.turns]
 
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether every part of it that may be trained on, from its beginning to a cut, holds a picture."""
+        return IMAGE in self.turns[0].text
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -115,7 +120,7 @@ def parse_row(row: Any, index: int) -> Conversation | Rejection:
 
     if row.get("video"):
         return reject("video")
-    images = _images(row.get("images") if row.get("image") is None else row["image"])
+    images = _images(_image_field(row))
     if images is None:
         return reject("bad_image_field")
     turns = row.get("conversations")
@@ -180,6 +185,13 @@ def _name(field: Any, index: int) -> str:
 
 def _is_text(parts: Iterable[str]) -> bool:
     return _SURROGATE.search("".join(parts)) is None
+
+
+def _image_field(row: dict[str, Any]) -> Any:
+    """`image`; where there is none `images`, unless that is a key of one's own (a count, say)."""
+    if row.get("image") is not None:
+        return row["image"]
+    return row["images"] if isinstance(row.get("images"), str | list) else None
 
 
 def _images(field: Any) -> tuple[str, ...] | None:

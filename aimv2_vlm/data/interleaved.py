@@ -25,6 +25,11 @@ class Document:
     def texts(self) -> list[str]:
         return [piece for piece in self.pieces if piece is not None]
 
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether every part of it that may be trained on, from its beginning to a cut, holds a picture."""
+        return self.pieces[0] is None
+
 
 def parse_obelics(row: dict[str, Any], name: str) -> Document | str:
     """A row's document, or the reason why it has none. Paragraphs (blank lines between them) are pieces of their own."""

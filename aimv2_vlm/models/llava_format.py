@@ -86,10 +86,13 @@ def _fill_connector(model: nn.Module, state: checkpoints.State, source: str) -> 
 def read_connector(path: str | Path) -> checkpoints.State:
     """{linear_1.weight (hidden, encoder's width), linear_1.bias, linear_2.weight, linear_2.bias} and, if there is one,
     image_newline; `path` as in `load_connector`, or a name on the model hub. Raises `UserError`."""
-    path = locate(path, PROJECTOR_FILES)
-    if path.is_dir():
-        path = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), path)
+    path = connector_place(locate(path, PROJECTOR_FILES))
     return _connector_named(_read_pickle(path) if path.suffix in (".bin", ".pt", ".pth") else _connector_tensors(path), path)
+
+
+def connector_place(path: Path) -> Path:
+    """The file in a folder, or the folder, whose weights `read_connector` takes."""
+    return next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), path)
 
 
 def _connector_named(stored: checkpoints.State, path: Path) -> checkpoints.State:

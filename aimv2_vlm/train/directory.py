@@ -97,7 +97,7 @@ class RunDirectory:
         try:
             self._check_folder(restart)
             if restart:
-                self._remove(entry for entry in self.path.iterdir() if entry.name != LOCK)
+                self._remove(sorted((entry for entry in self.path.iterdir() if entry.name != LOCK), key=lambda entry: entry.name == ENVIRONMENT))
             self._check_recipe(resolved)
             self._write_environment(resolved, world)  # first: it tells a run's folder from another
             write_atomically(self.path / "recipe.yaml", recipes.dump(resolved))
@@ -106,10 +106,12 @@ class RunDirectory:
             raise
 
     def _check_folder(self, restart: bool) -> None:
-        """Raises UserError where what would go, or be overwritten, is not known to be a run's: a recipe of one's own is called recipe.yaml too."""
+        """Raises UserError where what would go, or be overwritten, is not known to be a run's: a recipe of one's own is called recipe.yaml too.
+
+        A run's mark is written first and removed last, so that none is without it, however a start ended."""
         if (self.path / ENVIRONMENT).is_file():
             return
-        entries = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+        entries = sorted(entry.name for entry in self.path.iterdir() if entry.name not in (LOCK, f".{ENVIRONMENT}.tmp"))
         if restart and entries:
             raise UserError(f"{self.path}: --restart removes what a run left, but this folder holds {entries[0]} and no {ENVIRONMENT} of a run; "
                             "choose another out=, or empty it")

@@ -36,7 +36,7 @@ from aimv2_vlm.models.backbone import load_backbone
 from aimv2_vlm.models.checkpoints import weights_digest
 from aimv2_vlm.models.encoder import build_encoder, load_encoder
 from aimv2_vlm.models.genlip import GenLIPForPreTraining
-from aimv2_vlm.models.llava_format import load_connector
+from aimv2_vlm.models.llava_format import connector_place, load_connector
 from aimv2_vlm.models.pretraining import AIMv2ForPreTraining
 from aimv2_vlm.train import card, checkpoint, memory
 from aimv2_vlm.train.directory import RunDirectory, changed_keys, storage_errors
@@ -589,11 +589,12 @@ def max_length(recipe: SftRecipe, assistant: torch.nn.Module) -> int:
 
 
 def check_pictures_fit(recipe: SftRecipe, assistant: torch.nn.Module, tiling: Tiling, conversations: ConversationSet) -> None:
-    """Raises UserError where no row with a picture could fit and, by the first thousand, too many rows have one: each would be left out at its turn."""
+    """Raises UserError where no picture could fit and, by the first thousand, too many rows begin with one: each would be left out at its turn.
+    Rows whose pictures come later are cut before them, and counted."""
     longest, some = max_length(recipe, assistant), range(min(len(conversations), 1000))
     if tiling.varies or tiling.max_image_tokens < longest:
         return
-    if sum(bool(conversations[i].images) for i in some) > recipe.data.max_bad_fraction * len(some):
+    if sum(conversations[i].begins_with_picture for i in some) > recipe.data.max_bad_fraction * len(some):
         raise UserError(f"data.max_length: rows of {longest} tokens, but a picture alone takes {tiling.max_image_tokens}; raise it "
                         f"(llm.max_positions too, where it is the limit), or make pictures shorter by tiling.grid or tiling.unshuffle=2")
 
@@ -660,6 +661,8 @@ def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) 
     frozen = {"encoder": recipe.encoder.path if "encoder" not in recipe.trainable else None,
               "llm": recipe.llm.path if "llm" not in recipe.trainable or recipe.adapter.kind != "none" else None,
               "connector": (recipe.connector_path or recipe.adapter.path) if "connector" not in recipe.trainable else None}
+    if recipe.connector_path and frozen["connector"] and Path(recipe.connector_path).expanduser().is_dir():
+        frozen["connector"] = connector_place(Path(recipe.connector_path).expanduser())
     return {"seed": recipe.seed, **conversations.fingerprint(), "frozen": {part: weights_digest(path) for part, path in frozen.items() if path}}
 
 
