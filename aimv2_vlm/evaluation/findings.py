@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aimv2_vlm.evaluation.metrics import all_or_none_interval, bootstrap_interval, paired_difference
+from aimv2_vlm.evaluation.metrics import paired_difference, share_interval
 from aimv2_vlm.page import picture_uri
 
 # Cap heights in pixels of an encoder that sees the whole picture in one view: the smallest legible bitmap fonts are
@@ -468,8 +468,7 @@ def height_bins(found: Sequence[tuple[float, float, str]]) -> list[Bin]:
     for _, group in sorted(groups.items()):
         if len(group) >= MIN_BIN:
             heights, scores, pictures = zip(*group, strict=True)
-            shares = [score / 100 for score in scores]
-            low, high = all_or_none_interval(shares, pictures) or bootstrap_interval(shares, pictures, num=DRAWS)
+            low, high = share_interval([score / 100 for score in scores], pictures, num=DRAWS)
             bins.append(Bin(sum(heights) / len(group), sum(scores) / len(group), (100 * low, 100 * high), len(group)))
     return bins
 

@@ -370,6 +370,11 @@ def all_or_none_interval(scores: Sequence[float], clusters: Sequence[Hashable]) 
     return wilson_interval(num * int(scores[0]), num)
 
 
+def share_interval(scores: Sequence[float], clusters: Sequence[Hashable], seed: int = 0, num: int = 2000) -> tuple[float, float]:
+    """`bootstrap_interval` of scores in 0..1, `all_or_none_interval` where it would have no width."""
+    return all_or_none_interval(scores, clusters) or bootstrap_interval(scores, clusters, seed, num)
+
+
 def score_interval(
     metric: str, scores: Sequence[float], rows: Sequence[Mapping], seed: int = 0, num: int = 2000
 ) -> tuple[float, float]:

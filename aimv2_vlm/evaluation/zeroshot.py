@@ -27,7 +27,7 @@ from aimv2_vlm.data.labelled import LabelledDataset, Picture, file_digest, read_
 from aimv2_vlm.data.recognition import find_data_set
 from aimv2_vlm.data.transforms import EvalTransform
 from aimv2_vlm.evaluation.cells import Cell, check_names, checkpoint_content, known_before, run_cells
-from aimv2_vlm.evaluation.metrics import all_or_none_interval, bootstrap_interval
+from aimv2_vlm.evaluation.metrics import share_interval
 from aimv2_vlm.evaluation.probing import content_hash, split_content
 from aimv2_vlm.evaluation.sweep import digest_checkpoint
 from aimv2_vlm.models.assistant import image_processor_values
@@ -230,7 +230,7 @@ def _crop_fraction(towers: TwoTowers, config: ZeroShotConfig) -> float | None:
 
 
 def _points(scores: np.ndarray, clusters: Sequence[str], seed: int) -> tuple[float, list[float]]:
-    low, high = all_or_none_interval(scores, clusters) or bootstrap_interval(scores, clusters, seed)
+    low, high = share_interval(scores, clusters, seed)
     return round(100 * float(np.mean(scores)), 4), [round(100 * low, 4), round(100 * high, 4)]
 
 

@@ -320,7 +320,7 @@ def check_rows_apart(model: AssistantForTraining, together: bool = True, num_tok
 
     first, second = ([(7 * i + start) % vocab for i in range(num_tokens)] for start in (11, 23))
     try:
-        with _short_windows(language_model, num_tokens // 2), _no_outliers(language_model):
+        with _set_to(num_tokens // 2, _windows(language_model)), _set_to(0.0, _outlier_thresholds(language_model)):
             stock = hidden(second)
             see_rows_apart(_assistant(model), True)
             try:
@@ -340,33 +340,29 @@ def check_rows_apart(model: AssistantForTraining, together: bool = True, num_tok
 WINDOWS = ("sliding_window", "attention_chunk_size")  # transformers' names of how far an attention layer sees
 
 
-@contextmanager
-def _short_windows(language_model: nn.Module, num_tokens: int) -> Iterator[None]:
-    """A decoder whose layers with a window see `num_tokens` only, so that a few tokens tell how windows are treated."""
-    set_by = [(owner, name, window) for owner in (language_model.config, *language_model.modules()) for name in WINDOWS
-              if type(window := getattr(owner, name, None)) is int]
-    try:
-        for owner, name, _ in set_by:
-            setattr(owner, name, num_tokens)
-        yield
-    finally:
-        for owner, name, window in set_by:
-            setattr(owner, name, window)
+def _windows(language_model: nn.Module) -> list[tuple[Any, str]]:
+    """(owner, attribute) of every window; where they are short, a few tokens tell how windows are treated."""
+    return [(owner, name) for owner in (language_model.config, *language_model.modules()) for name in WINDOWS
+            if type(getattr(owner, name, None)) is int]
+
+
+def _outlier_thresholds(language_model: nn.Module) -> list[tuple[Any, str]]:
+    """(owner, attribute) of every threshold of LLM.int8(), 0 for no columns kept in 16 bits: it chooses them over all tokens of a call,
+    which lets a row round differently behind another and would hide whether it sees it."""
+    return [(state, "threshold") for module in language_model.modules() if hasattr(state := getattr(module, "state", None), "threshold")]
 
 
 @contextmanager
-def _no_outliers(language_model: nn.Module) -> Iterator[None]:
-    """LLM.int8() without the columns it keeps in 16 bits: it chooses them over all tokens of a call, which lets a row round differently
-    behind another and would hide whether it sees it."""
-    states = [state for module in language_model.modules() if hasattr(state := getattr(module, "state", None), "threshold")]
-    thresholds = [state.threshold for state in states]
+def _set_to(value: float, places: list[tuple[Any, str]]) -> Iterator[None]:
+    """The attributes `places` hold `value` inside, and afterwards what they held before."""
+    before = [getattr(owner, name) for owner, name in places]
     try:
-        for state in states:
-            state.threshold = 0.0
+        for owner, name in places:
+            setattr(owner, name, value)
         yield
     finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        for (owner, name), its in zip(places, before, strict=True):
+            setattr(owner, name, its)
 
 
 class _ProjectedPictures:

@@ -317,12 +317,11 @@ def weight_files(path: Path) -> list[Path]:
 def weights_digest(path: str | Path) -> str:
     """Sixteen hexadecimal digits that tell one training state of a local checkpoint from another, without reading it whole; of a hub name, of the name.
 
-    Of each .safetensors file (`path`, or those in it; where none is, each .bin) the size and 256 blocks spread over it: training changes
-    every one of them.
+    Of `path`, or of each .safetensors file in it, the size and 256 blocks spread over it: training changes every one of them.
     """
     place = Path(path).expanduser()
     digest = hashlib.sha256() if place.exists() else hashlib.sha256(str(path).encode())
-    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin")):
+    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as stream:

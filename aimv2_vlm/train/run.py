@@ -658,11 +658,10 @@ class ConversationSteps:
 
 def conversation_fingerprint(conversations: ConversationSet, recipe: SftRecipe) -> dict[str, Any]:
     """What a run depends on besides its recipe: seed, rows (files by content), and the checkpoints of the parts that do not learn."""
+    connector = recipe.connector_path or recipe.adapter.path
     frozen = {"encoder": recipe.encoder.path if "encoder" not in recipe.trainable else None,
               "llm": recipe.llm.path if "llm" not in recipe.trainable or recipe.adapter.kind != "none" else None,
-              "connector": (recipe.connector_path or recipe.adapter.path) if "connector" not in recipe.trainable else None}
-    if recipe.connector_path and frozen["connector"] and Path(recipe.connector_path).expanduser().is_dir():
-        frozen["connector"] = connector_place(Path(recipe.connector_path).expanduser())
+              "connector": connector_place(Path(connector).expanduser()) if connector and "connector" not in recipe.trainable else None}
     return {"seed": recipe.seed, **conversations.fingerprint(), "frozen": {part: weights_digest(path) for part, path in frozen.items() if path}}
 
 
